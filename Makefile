@@ -1,0 +1,69 @@
+# Everything starts here: `make demo` and `make test` set themselves up, in .venv and nowhere else.
+#
+#   make test ARGS="-k masks -x"        hands ARGS to pytest; likewise for demo, bench, check, check-all
+#   make setup PYTHON=python3.12        makes .venv with another Python (>= 3.10)
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup       torch without CUDA, much smaller
+
+PYTHON ?= python3
+ARGS ?=
+WORKERS ?= auto
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 10))
+PYTEST := $(PY) -m pytest -n $(WORKERS) --maxprocesses=4 --dist=worksteal
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test check check-all lint bench clean
+
+help:  ## print this list
+	@awk -F ':.*## +' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## make .venv and install everything for development (the other targets do it by themselves)
+
+demo: $(STAMP)  ## draw digits by diffusion, by every backend that this machine can run
+	@$(VENV)/bin/heedful demo $(ARGS)
+
+# Each worker is a process: one thread each, or they fight over the cores.
+test check check-all: export OMP_NUM_THREADS ?= 1
+
+test: $(STAMP)  ## run the tests, without the slow proofs
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+check: lint  ## ruff, mypy and the tests without the slow proofs: what CI runs
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+check-all: lint  ## check, with the slow proofs
+	@$(PYTEST) $(ARGS)
+
+lint: $(STAMP)
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check
+	@$(PY) -m mypy
+
+bench: $(STAMP)  ## time the backends on the named shapes
+	@$(VENV)/bin/heedful bench $(ARGS)
+
+clean:  ## remove caches and builds (.venv stays: rm -rf .venv removes it)
+	@rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# The stamp holds the folder it was made in: in a checkout that moved, the editable install points at the old one.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+
+# Written last, so an install that was killed goes on with the next make. pip alone would take the newest torch, and
+# with it gigabytes: always under the constraints.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PY) -c 'import pip; $(NEW_ENOUGH)' 2>/dev/null || { \
+	    $(PYTHON) -c '$(NEW_ENOUGH)' 2>/dev/null || { \
+	        echo "heedful needs Python >= 3.10, and '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo missing)." \
+	             "Name another one: make PYTHON=python3.12" >&2; exit 1; }; \
+	    echo "making $(VENV) with $$($(PYTHON) --version)" && $(PYTHON) -m venv --clear $(VENV); }
+	@echo "setting up $(VENV): a few minutes, once"
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -qq -c constraints.txt -e '.[dev]' || { \
+	    echo "set-up failed; the next make goes on from here. To start afresh: rm -rf $(VENV)" >&2; exit 1; }
+	@echo '$(CURDIR)' > $@

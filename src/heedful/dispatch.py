@@ -1,0 +1,351 @@
+"""The face: one call for every backend, and the explanation of what it would do.
+
+A call is looked up by a plain tuple of all that validation and selection read, so validation is memoised, not skipped.
+The first call of a kind validates, selects a plan and binds it to one function.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heedful import facts as machine
+from heedful import policy as wishes
+from heedful import tracing
+from heedful.binding import Run, bind
+from heedful.call import problem_of_call
+from heedful.factory import AttentionStrategyFactory
+from heedful.facts import Facts
+from heedful.masks import Mask
+from heedful.policy import Policy, Wish, as_wish
+from heedful.problem import AttentionProblem, problem_for_shapes
+from heedful.select import Plan, judge, select
+from heedful.strategy import Answer, Refusal
+
+_log = logging.getLogger("heedful")
+
+# Looked up once: the hot path is short enough for attribute look-ups to count.
+_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
+_deterministic = torch.are_deterministic_algorithms_enabled
+_any_autocast = torch._C._is_any_autocast_enabled  # 0.07 us; asking for one device costs 0.4
+_current_wish = wishes.current_wish
+
+_MOST_KINDS = 4096  # of calls that are remembered; beyond it all are forgotten and planned anew
+
+
+@dataclass(frozen=True)
+class BackendRow:
+    """One backend in the table: its other names, its exactness, what it is, and why it cannot run a plain call here."""
+
+    name: str
+    aliases: tuple[str, ...]
+    exactness: str
+    description: str
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def available(self) -> bool:
+        """Whether it takes a plain call on the table's device."""
+        return not self.refusals
+
+
+@dataclass(frozen=True)
+class BackendTable:
+    """All backends, as asked about one plain problem. Iterates as rows and prints as text."""
+
+    problem: AttentionProblem
+    rows: tuple[BackendRow, ...]
+
+    def __iter__(self) -> Iterator[BackendRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, name: str) -> BackendRow:
+        return next(row for row in self.rows if row.name == name or name in row.aliases)
+
+    def __str__(self) -> str:
+        lines = [f"backends for {self.problem}"]
+        for row in self.rows:
+            verdict = row.description if row.available else "; ".join(map(str, row.refusals))
+            lines.append(f"  {'+' if row.available else '-'} {row.name:<17} {verdict}")
+        return "\n".join(lines)
+
+
+class AttentionDispatcher:
+    """Dispatches attention calls.
+
+    The arguments replace the process's registry, machine and policy, for tests and embedding.
+    ``factory`` may be an AttentionStrategyFactory, or the class itself for the default registry.
+    """
+
+    def __init__(
+        self,
+        factory: AttentionStrategyFactory | type[AttentionStrategyFactory] | None = None,
+        facts: Facts | None = None,
+        policy: Policy | None = None,
+    ) -> None:
+        self.factory = factory if isinstance(factory, AttentionStrategyFactory) else AttentionStrategyFactory.default()
+        self._facts = facts
+        self._policy = policy
+        self._runs: dict[Any, Run] = {}
+        self._told: set[str] = set()
+        self._number = tracing.enrol(self)
+        self.factory.watch(self._forget)
+
+    def _forget(self) -> None:
+        """Drop what was planned with another registry. A call under way stores into the old dictionary."""
+        self._runs = {}
+
+    @property
+    def facts(self) -> Facts:
+        """The machine; probed at first use unless given."""
+        if self._facts is None:
+            self._facts = machine.probe()
+        return self._facts
+
+    @property
+    def policy(self) -> Policy:
+        """The policy; the environment is read at first use, once."""
+        if self._policy is None:
+            self._policy = Policy.from_environment()
+        return self._policy
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        *,
+        layout: str = "BHSD",
+        causal_alignment: str = "top_left",
+        window: tuple[int | None, int | None] | int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        max_error: float | None = None,
+        options: Mapping[str, Any] | None = None,
+        backend: str | list[str] | tuple[str, ...] | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """Attention, by the backend that is wished for, or by any exact one.
+
+        The first eight arguments have the names, order and meaning of torch's ``scaled_dot_product_attention``.
+
+        Args:
+            query: (B, H, Q, D), or (B, Q, H, D) with layout "BSHD", or packed (T, H, D) with "THD" and a Varlen mask.
+                With "BHSD" any rank from 2 on, and leading sizes that broadcast, as SDPA takes them.
+            key: (B, N, K, D) in the same layout.
+            value: (B, N, K, E) in the same layout.
+            attn_mask: bool (True may attend) or float (added to the scaled scores), broadcastable to (B, H, Q, K) in
+                every layout; or a mask value (``KeyPadding``, ``Varlen``, …); or a FlexAttention BlockMask. Beside
+                ``is_causal`` or ``window`` both apply.
+            dropout_p: probability of dropping an attention weight.
+            is_causal: query i sees the keys up to its own place, see ``causal_alignment``.
+            scale: factor of the scores; 1/sqrt(D) by default.
+            enable_gqa: N may divide H: each key and value head serves H/N query heads.
+            layout: "BHSD", "BSHD" or "THD", of query, key, value and output.
+            causal_alignment: "top_left" (torch) or "bottom_right" (flash-attn) where Q and K differ; of ``window`` too.
+            window: (left, right): keys from left before to right after the query's place, both included; None is open.
+            softcap: scores become softcap * tanh(score / softcap), before mask and bias (arXiv 2408.00118).
+            sinks: one more logit a head in the softmax's sum; no backend of this version computes it, so it is refused.
+            max_error: relative error that is allowed; None for exact backends only.
+            options: the backend's own options by name; an unknown one is refused.
+            backend: a name (obeyed, or Refused), a list of names (the fallback order), "auto", or None: the scope, then
+                HEEDFUL_BACKEND, then auto.
+            return_lse: also return the log-sum-exp of the scores.
+
+        Returns:
+            out, in query's layout with value's head dim; or (out, lse) with lse float32 (B, H, Q), natural log, without
+            gradient. A query that sees no key gets zeros, -inf and no gradient.
+
+        Raises:
+            InvalidArgument: an argument is malformed. UnknownBackend: no backend has that name.
+            Refused: no wanted backend computes this problem; the text holds each one's reasons.
+        """
+        if _compiling():
+            return tracing.attend(
+                self._number, self.factory.epoch, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                layout, causal_alignment, window, softcap, sinks, max_error, options, backend, return_lse,
+            )  # fmt: skip
+        wish = _current_wish() if backend is None else tuple(backend) if type(backend) is list else backend
+        runs = self._runs
+        try:
+            dtype, device = query.dtype, query.device
+            kind: Any = (
+                wish, query.shape, key.shape, value.shape,
+                dtype if dtype is key.dtype is value.dtype else (dtype, key.dtype, value.dtype),
+                device if device == key.device == value.device else (device, key.device, value.device),
+                type(query), type(key), type(value), None if attn_mask is None else _mask_key(attn_mask), layout,
+                None if scale is window is softcap is sinks is max_error is options is None  # type: ignore[comparison-overlap]
+                and not (dropout_p or is_causal or enable_gqa or return_lse) and causal_alignment == "top_left"
+                else (dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, sinks is None,
+                      max_error, None if options is None else tuple(options.items()), return_lse),
+                _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+                _deterministic(),
+                _any_autocast() and torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
+            )  # fmt: skip
+            run = runs.get(kind)
+        except (TypeError, AttributeError, RuntimeError):  # an unhashable option, no tensor, a nested tensor
+            kind = run = None
+        if run is None:
+            call = {
+                "attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale,
+                "enable_gqa": enable_gqa, "layout": layout, "causal_alignment": causal_alignment, "window": window,
+                "softcap": softcap, "sinks": sinks, "max_error": max_error, "options": options,
+                "return_lse": return_lse,
+            }  # fmt: skip
+            problem = problem_of_call(query, key, value, **call, facts=self.facts)
+            run = self._bound(self.plan(problem, backend), call)
+            if kind is not None:
+                if len(runs) >= _MOST_KINDS:
+                    runs.clear()
+                runs[kind] = run
+        return run(query, key, value, attn_mask)
+
+    def dispatch(self, backend: str | list[str] | tuple[str, ...] | None = None, /, **call: Any) -> Any:
+        """``attention`` with the backend first: ``dispatch("native", query=q, key=k, value=v)``."""
+        return self.attention(**call, backend=backend)
+
+    def explain(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        *,
+        backend: str | list[str] | tuple[str, ...] | None = None,
+        **call: Any,
+    ) -> Plan:
+        """What ``attention`` with these arguments would run, why, and why nothing else; nothing is computed.
+
+        The plan prints as text; a refused one is returned, not raised. Raises InvalidArgument and UnknownBackend.
+        """
+        return self.plan(problem_of_call(query, key, value, attn_mask, **call, facts=self.facts), backend)
+
+    def plan(
+        self,
+        problem: AttentionProblem,
+        backend: str | list[str] | tuple[str, ...] | None = None,
+        *,
+        excluded: Mapping[str, tuple[Refusal, ...]] | None = None,
+    ) -> Plan:
+        """The plan for a problem under a backend's name, or under the scope's, the environment's or auto's wish."""
+        wish, origin = self._wish(backend)
+        wish = self._resolved(wish, origin)
+        return select(problem, wish, self.factory.strategies(), self.policy, origin=origin, excluded=excluded)
+
+    def list_backends(self, device: str | None = None) -> BackendTable:
+        """Every strategy, and whether it takes a plain call, float16 on a GPU and float32 on a CPU, on this machine.
+
+        ``device`` is torch's type ("cpu", "cuda"); by default the GPU where there is one.
+        """
+        types = [name.partition(":")[0] for name in self.facts.devices]
+        device = device or next((name for name in types if name != "cpu"), "cpu")
+        dtype = torch.float32 if device == "cpu" else torch.float16
+        known = self.facts.device(torch.device(device))
+        shape = (1, 8, 1024, 64)
+        problem = problem_for_shapes(shape, shape, shape, dtype=dtype, device=known)
+        rows = [
+            BackendRow(
+                name, strategy.aliases, strategy.exactness, strategy.describe(), judge(strategy, problem).refusals
+            )
+            for name, strategy in self.factory.strategies().items()
+        ]
+        return BackendTable(problem, tuple(rows))
+
+    def attention_backend(self, backend: str | list[str] | tuple[str, ...]) -> AbstractContextManager[None]:
+        """Wish for a backend within a ``with`` block: for this thread or asyncio task alone, nested, always restored.
+
+        ``backend`` is a name (obeyed or Refused), a list of names (the fallback order), or "auto". Compiled code sees
+        the scopes that its own thread entered, outside of asyncio tasks; inside one it must name its backend.
+        Raises InvalidArgument and UnknownBackend at once.
+        """
+        return wishes.scope(self._resolved(as_wish(backend), "backend"))
+
+    def bound_for_tracing(self, problem: AttentionProblem, wish: Any, inherited: bool, call: dict[str, Any]) -> Run:
+        """The bound function that ``torch.compile`` traces; ``wish`` None means that no scope has one."""
+        origin = "scope" if inherited else "call"
+        if wish is None:
+            wish, origin = self.policy.default, self.policy.default_origin
+        wish = self._resolved(as_wish(wish), origin)
+        return self._bound(select(problem, wish, self.factory.strategies(), self.policy, origin=origin), call)
+
+    def _wish(self, backend: object) -> tuple[Wish, str]:
+        if backend is not None:
+            return as_wish(backend), "call"
+        inherited = wishes.current_wish()
+        return (self.policy.default, self.policy.default_origin) if inherited is None else (inherited, "scope")
+
+    def _resolved(self, wish: Wish, origin: str) -> Wish:
+        names = (wish,) if isinstance(wish, str) else wish
+        resolved = tuple(name if name == "auto" else self.factory.resolve(name, origin) for name in names)
+        return resolved[0] if isinstance(wish, str) else resolved
+
+    def _bound(
+        self, plan: Plan, call: dict[str, Any], excluded: Mapping[str, tuple[Refusal, ...]] | None = None
+    ) -> Run:
+        """The function of a plan; for a strategy with its own validation, with the way on where that refuses."""
+        plan.checked()
+        self._tell(plan)
+        if plan.chosen is None:
+            return bind(plan, None, {})
+        strategy = self.factory.create_strategy(plan.chosen.name)
+        words = {name: call[name] for name in ("is_causal", "causal_alignment", "window")}
+        run = bind(plan, strategy, words)
+        if not strategy.has_own_validation():
+            return run
+        given = {name: value for name, value in call.items() if value is not None and name != "attn_mask"}
+
+        def ask_first(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> Answer:
+            try:
+                strategy.validate_constraints(query=query, key=key, value=value, attn_mask=attn_mask, **given)
+            except (ValueError, TypeError, RuntimeError) as error:
+                reason = Refusal("validate_constraints", str(error), "what it checks itself")
+                more = {**(excluded or {}), strategy.name: (reason,)}
+                other = select(
+                    plan.problem, plan.wish, self.factory.strategies(), self.policy, origin=plan.origin, excluded=more
+                )
+                if other.refused:
+                    other.checked()
+                return self._bound(other, call, more)(query, key, value, attn_mask)
+            return run(query, key, value, attn_mask)
+
+        return ask_first
+
+    def _tell(self, plan: Plan) -> None:
+        """Log once why a backend that was wished for first was passed over."""
+        for verdict in plan.passed_over if plan.wish != "auto" else ():
+            message = f"{verdict.name} {verdict}; using {plan.backend}"
+            if message not in self._told:
+                self._told.add(message)
+                _log.warning("heedful: %s", message)
+
+
+def _mask_key(attn_mask: Any) -> tuple[Any, ...]:
+    """What validation and selection read of a mask."""
+    if isinstance(attn_mask, Tensor):
+        wants_grad = attn_mask.requires_grad and torch.is_grad_enabled()
+        return (attn_mask.dtype, attn_mask.shape, attn_mask.device, wants_grad)
+    if isinstance(attn_mask, Mask):
+        return attn_mask.key
+    raise TypeError
+
+
+_default = AttentionDispatcher()
+attention = _default.attention
+explain = _default.explain
+list_backends = _default.list_backends
+attention_backend = _default.attention_backend

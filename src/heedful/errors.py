@@ -1,0 +1,66 @@
+"""Everything heedful raises on purpose.
+
+HeedfulError
+├── InvalidArgument (also ValueError)   one argument is malformed; names it, its value and the remedy
+├── UnknownBackend  (also ValueError)   no strategy has that name; names the closest ones
+├── RegistrationError (also ValueError) a strategy cannot be registered under that name
+├── Refused (also RuntimeError)         nothing that was asked for can compute this problem; carries the refusals
+└── NothingCovered (also RuntimeError)  a model was to be configured and no attention layer was found
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from heedful.strategy import Refusal
+
+
+class HeedfulError(Exception):
+    """The root: catch this to catch all that heedful raises on purpose."""
+
+
+class InvalidArgument(HeedfulError, ValueError):
+    """An argument is malformed, whatever the backend.
+
+    ``argument`` is its name; the text gives the value that came and what to do instead.
+    """
+
+    def __init__(self, argument: str, observed: object, remedy: str) -> None:
+        super().__init__(f"{argument}: got {observed}; {remedy}")
+        self.argument = argument
+
+
+class UnknownBackend(HeedfulError, ValueError):
+    """No strategy has that name or alias."""
+
+    def __init__(self, name: object, known: Iterable[str], origin: str = "backend") -> None:
+        known = sorted(known)
+        close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+        super().__init__(f"{origin}: no backend is called {name!r}; {hint}known: {', '.join(known)}")
+
+
+class RegistrationError(HeedfulError, ValueError):
+    """A strategy cannot be registered so."""
+
+
+class Refused(HeedfulError, RuntimeError):
+    """No wanted backend can compute the problem. ``refusals`` maps each backend's name to its reasons."""
+
+    def __init__(self, problem: object, refusals: dict[str, tuple[Refusal, ...]]) -> None:
+        lines = [f"no wanted backend can compute this problem: {problem}"]
+        for name, reasons in refusals.items():
+            lines += [f"  {name} refuses: {reason}" for reason in reasons]
+        super().__init__("\n".join(lines))
+        self.problem = problem
+        self.refusals = refusals
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.problem, self.refusals)
+
+
+class NothingCovered(HeedfulError, RuntimeError):
+    """A backend was to be set on a model and it has no attention layer that heedful can reach."""

@@ -1,0 +1,353 @@
+"""Masks are values: what may see what, said as structure instead of as a dense tensor.
+
+``Causal() & KeyPadding(keep)`` is again a mask. A plain tensor passed as ``attn_mask`` has exactly the meaning of
+PyTorch's SDPA (bool: True may attend; float: added to the scores) and is wrapped by ``as_mask``.
+
+Shapes: B batch, H heads, Q query length, K key length, T packed tokens, N packed sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from heedful.errors import InvalidArgument
+
+Alignment = Literal["top_left", "bottom_right"]
+Window = tuple[int | None, int | None, str]
+ALIGNMENTS: tuple[Alignment, ...] = ("top_left", "bottom_right")
+
+
+@dataclass(frozen=True)
+class MaskFacts:
+    """What is known of a mask without reading a tensor: hashable, part of every problem.
+
+    ``dense``, ``bias``: which of B, H, Q, K the tensor really has (the others broadcast), such as ``"BK"``.
+    ``rows_seen``: every query is known to see a key.
+    """
+
+    causal: Alignment | None = None
+    window: Window | None = None
+    key_padding: bool = False
+    varlen: bool = False
+    dense: str | None = None
+    bias: str | None = None
+    bias_dtype: torch.dtype | None = None
+    bias_needs_grad: bool = False
+    block: bool = False
+    rows_seen: bool = False
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The parts that are present, by the names that limits use."""
+        present = {
+            "causal": self.causal is not None,
+            "window": self.window is not None,
+            "key_padding": self.key_padding,
+            "varlen": self.varlen,
+            "dense": self.dense is not None,
+            "bias": self.bias is not None,
+            "block": self.block,
+        }
+        return tuple(kind for kind, there in present.items() if there)
+
+    def may_hide_rows(self, query_length: int, key_length: int) -> bool:
+        """Whether a query may exist that sees no key at all."""
+        if self.rows_seen:
+            return False
+        if self.key_padding or self.varlen or self.dense is not None or self.bias is not None or self.block:
+            return True
+        if self.window is not None:
+            return True
+        return self.causal == "bottom_right" and query_length > key_length
+
+    def __str__(self) -> str:
+        words = [
+            f"causal {self.causal}" if self.causal else "",
+            f"window {self.window[0]}..{self.window[1]} {self.window[2]}" if self.window else "",
+            "key padding" if self.key_padding else "",
+            "varlen" if self.varlen else "",
+            f"dense bool [{self.dense or 'scalar'}]" if self.dense is not None else "",
+            f"bias {self.bias_dtype} [{self.bias or 'scalar'}]".replace("torch.", "") if self.bias is not None else "",
+            "block mask" if self.block else "",
+        ]
+        return " & ".join(filter(None, words)) or "none"
+
+
+NO_MASK = MaskFacts()
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """A conjunction of parts: a key is seen where every part lets it be seen. Made by the classes below and ``&``.
+
+    ``dense`` is bool, broadcastable to (B, H, Q, K). ``bias`` is float, added to the scores, broadcastable likewise.
+    ``padding`` is bool (B, K). ``block`` is a FlexAttention ``BlockMask``.
+    """
+
+    causal: Alignment | None = None
+    window: Window | None = None
+    padding: Tensor | None = None
+    varlen: Varlen | None = None
+    dense: Tensor | None = None
+    bias: Tensor | None = None
+    block: Any = None
+
+    def __and__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return Mask(
+            causal=_only(self.causal, other.causal, "causal alignments"),
+            window=_narrower(self.window, other.window),
+            padding=_both(self.padding, other.padding),
+            varlen=_only(self.varlen, other.varlen, "packings (Varlen)"),
+            dense=_both(self.dense, other.dense),
+            bias=_sum(self.bias, other.bias),
+            block=_only(self.block, other.block, "block masks"),
+        )
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """All that validation and selection read of this mask: hashable."""
+        tensors = [self.dense, self.bias, self.padding]
+        if self.varlen is not None:
+            tensors += [self.varlen.cu_seqlens_q, self.varlen.cu_seqlens_k]
+        wants_grad = self.bias is not None and self.bias.requires_grad and torch.is_grad_enabled()
+        read = tuple(None if t is None else (t.dtype, t.shape, t.device) for t in tensors)
+        return (self.causal, self.window, self.block is None, wants_grad, *read)
+
+    def visible(self, query_length: int, key_length: int, device: torch.device) -> Tensor | None:
+        """What the boolean parts let see: bool, broadcastable to (B, H, Q, K); None where they hide nothing."""
+        parts = [] if self.dense is None else [self.dense]
+        if self.causal is not None:
+            parts.append(_band(query_length, key_length, None, 0, self.causal, device))
+        if self.window is not None:
+            left, right, alignment = self.window
+            parts.append(_band(query_length, key_length, left, right, alignment, device))
+        if self.padding is not None:
+            parts.append(self.padding[:, None, None, :])
+        if self.varlen is not None:
+            parts.append(self.varlen.same_sequence(query_length, key_length))
+        if self.block is not None:
+            parts.append(_dense_of_block(self.block, query_length, key_length, device))
+        if not parts:
+            return None
+        seen = parts[0]
+        for part in parts[1:]:
+            seen = seen & part
+        return seen
+
+
+class Causal(Mask):
+    """A query sees the keys up to its own place.
+
+    ``top_left``: query i sees keys 0..i (torch SDPA). ``bottom_right``: the last query sees all keys (flash-attn).
+    """
+
+    def __init__(self, alignment: Alignment = "top_left") -> None:
+        super().__init__(causal=_alignment(alignment))
+
+
+class SlidingWindow(Mask):
+    """A query at place i sees keys from i - left to i + right, both included; None leaves a side open.
+
+    The place of query i is i, or i + K - Q with the alignment ``bottom_right`` (flash-attn's convention).
+    """
+
+    def __init__(self, left: int | None, right: int | None, alignment: Alignment = "top_left") -> None:
+        super().__init__(window=as_window((left, right), alignment))
+
+
+class KeyPadding(Mask):
+    """Keys that are padding are seen by no query: ``keep`` is bool (B, K), True for real keys."""
+
+    def __init__(self, keep: Tensor) -> None:
+        if keep.dim() != 2 or keep.dtype != torch.bool:
+            raise InvalidArgument(
+                "KeyPadding(keep)", f"{keep.dtype} of shape {tuple(keep.shape)}", "give a bool tensor (batch, keys)"
+            )
+        super().__init__(padding=keep)
+
+    @classmethod
+    def from_lengths(cls, lengths: Tensor, key_length: int) -> KeyPadding:
+        """The first ``lengths[b]`` of ``key_length`` keys are real: lengths is integer (B,)."""
+        return cls(torch.arange(key_length, device=lengths.device)[None, :] < lengths[:, None])
+
+
+class Dense(Mask):
+    """A bool tensor broadcastable to (B, H, Q, K); True may attend."""
+
+    def __init__(self, keep: Tensor) -> None:
+        if keep.dtype != torch.bool:
+            raise InvalidArgument("Dense(keep)", keep.dtype, "give a bool tensor, or use Bias for scores to add")
+        super().__init__(dense=keep)
+
+
+class Bias(Mask):
+    """A float tensor broadcastable to (B, H, Q, K), added to the scaled scores; -inf hides."""
+
+    def __init__(self, bias: Tensor) -> None:
+        if not bias.is_floating_point():
+            raise InvalidArgument("Bias(bias)", bias.dtype, "give a float tensor, or use Dense for a bool one")
+        super().__init__(bias=bias)
+
+
+class Varlen(Mask):
+    """Sequences packed one behind the other; a query sees only the keys of its own sequence.
+
+    ``cu_seqlens_q``, ``cu_seqlens_k``: integer (N + 1,), from 0 to T, as flash-attn takes them; keys default to the
+    queries' packing. ``max_seqlen_q``, ``max_seqlen_k`` are kept for kernels that want them. Not combinable with
+    causality, which would have to count from each sequence's start: refused until a kernel does it.
+    """
+
+    def __init__(
+        self,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+    ) -> None:
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            if cu.dim() != 1 or cu.is_floating_point() or cu.dtype == torch.bool or len(cu) < 1:
+                raise InvalidArgument(
+                    name,
+                    f"{cu.dtype} of shape {tuple(cu.shape)}",
+                    "give integers (sequences + 1,), from 0 to the total",
+                )
+        if cu_seqlens_q.shape != cu_seqlens_k.shape:
+            raise InvalidArgument(
+                "cu_seqlens_k", tuple(cu_seqlens_k.shape), f"give as many as cu_seqlens_q, {tuple(cu_seqlens_q.shape)}"
+            )
+        super().__init__(varlen=self)
+        for name, value in (
+            ("cu_seqlens_q", cu_seqlens_q),
+            ("cu_seqlens_k", cu_seqlens_k),
+            ("max_seqlen_q", max_seqlen_q),
+            ("max_seqlen_k", max_seqlen_k),
+        ):
+            object.__setattr__(self, name, value)
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+
+    def same_sequence(self, query_length: int, key_length: int) -> Tensor:
+        """Bool (1, 1, Q, K): True where query and key belong to one sequence; tokens past the last belong to none."""
+        query_of = _sequence_of(self.cu_seqlens_q, query_length)
+        key_of = _sequence_of(self.cu_seqlens_k, key_length)
+        inside = query_of < len(self.cu_seqlens_q) - 1
+        return ((query_of[:, None] == key_of[None, :]) & inside[:, None])[None, None]
+
+
+def as_mask(attn_mask: object) -> Mask | None:
+    """A user's ``attn_mask`` as a mask: None, a tensor with SDPA's meaning, a mask value, or a ``BlockMask``."""
+    if attn_mask is None or isinstance(attn_mask, Mask):
+        return attn_mask
+    if isinstance(attn_mask, Tensor):
+        if attn_mask.dtype == torch.bool:
+            return Mask(dense=attn_mask)
+        if attn_mask.is_floating_point():
+            return Mask(bias=attn_mask)
+        raise InvalidArgument(
+            "attn_mask", attn_mask.dtype, "give bool (True may attend) or float (added to the scores)"
+        )
+    if type(attn_mask).__name__ == "BlockMask" and type(attn_mask).__module__.startswith("torch."):
+        return Mask(block=attn_mask)
+    raise InvalidArgument(
+        "attn_mask", type(attn_mask).__name__, "give a tensor, one of heedful's mask values, a BlockMask or None"
+    )
+
+
+def as_window(window: tuple[int | None, int | None] | int, alignment: str) -> Window | None:
+    """A window (left, right), both ends included, checked; None or a negative number leaves a side open."""
+    if isinstance(window, int):
+        window = (window, window)
+    if len(window) != 2 or not all(side is None or isinstance(side, int) for side in window):
+        raise InvalidArgument("window", window, "give (left, right) as numbers of keys, None for an open side")
+    left, right = (None if side is None or side < 0 else side for side in window)
+    return None if left is None and right is None else (left, right, _alignment(alignment))
+
+
+def facts_of(mask: Mask | None) -> MaskFacts:
+    """What can be known of a mask without reading its tensors."""
+    if mask is None:
+        return NO_MASK
+    return MaskFacts(
+        causal=mask.causal,
+        window=mask.window,
+        key_padding=mask.padding is not None,
+        varlen=mask.varlen is not None,
+        dense=None if mask.dense is None else _axes(mask.dense),
+        bias=None if mask.bias is None else _axes(mask.bias),
+        bias_dtype=None if mask.bias is None else mask.bias.dtype,
+        bias_needs_grad=mask.bias is not None and mask.bias.requires_grad,
+        block=mask.block is not None,
+    )
+
+
+def _axes(tensor: Tensor) -> str:
+    sizes = (1,) * (4 - tensor.dim()) + tuple(tensor.shape[-4:])
+    return "".join(axis for axis, size in zip("BHQK", sizes, strict=True) if size != 1)
+
+
+def _alignment(alignment: str) -> Alignment:
+    for known in ALIGNMENTS:
+        if alignment == known:
+            return known
+    raise InvalidArgument("causal_alignment", repr(alignment), f"give one of {', '.join(ALIGNMENTS)}")
+
+
+def _only(one: Any, other: Any, what: str) -> Any:
+    if one is None or other is None or one is other or (isinstance(one, str) and one == other):
+        return other if one is None else one
+    raise InvalidArgument("attn_mask", f"two different {what}", "combine them into one Dense mask")
+
+
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one & other if one is not None and other is not None else other if one is None else one
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one + other if one is not None and other is not None else other if one is None else one
+
+
+def _narrower(one: Window | None, other: Window | None) -> Window | None:
+    if one is None or other is None:
+        return other if one is None else one
+    if one[2] != other[2]:
+        raise InvalidArgument("attn_mask", "two windows of different alignment", "combine them into one Dense mask")
+    left, right = (
+        min((side for side in sides if side is not None), default=None)
+        for sides in zip(one[:2], other[:2], strict=True)
+    )
+    return left, right, one[2]
+
+
+def _band(
+    query_length: int, key_length: int, left: int | None, right: int | None, alignment: str, device: torch.device
+) -> Tensor:
+    """Bool (Q, K): key j is seen by query i where place(i) - left <= j <= place(i) + right."""
+    place = torch.arange(query_length, device=device)[:, None]
+    if alignment == "bottom_right":
+        place = place + (key_length - query_length)
+    keys = torch.arange(key_length, device=device)[None, :]
+    if left is None:
+        return keys <= place + right if right is not None else keys == keys + 0 * place
+    return keys >= place - left if right is None else (keys >= place - left) & (keys <= place + right)
+
+
+def _sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    places = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), places, right=True)
+
+
+def _dense_of_block(block: Any, query_length: int, key_length: int, device: torch.device) -> Tensor:
+    from torch.nn.attention.flex_attention import create_mask
+
+    batch, heads = block.kv_num_blocks.shape[:2]
+    return create_mask(block.mask_mod, batch, heads, query_length, key_length, device=str(device))

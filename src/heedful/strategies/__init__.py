@@ -1,0 +1,1 @@
+"""One file per strategy; whatever stands here is found by scanning."""

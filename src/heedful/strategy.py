@@ -1,0 +1,283 @@
+"""What a backend is: a strategy that declares its limits, derives its refusals from them, and computes.
+
+Shapes: B batch, H heads, N kv heads, Q query length, K key length, D head dim, E value dim.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from heedful.call import mask_of_call, problem_of_call
+from heedful.errors import Refused
+from heedful.masks import Mask
+from heedful.problem import AttentionProblem
+
+Answer = Tensor | tuple[Tensor, Tensor]
+Exactness = Literal["exact", "quantised", "sparse"]
+HALF = (torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+ALL_MASKS = frozenset({"causal", "window", "key_padding", "varlen", "dense", "bias", "block"})
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One reason why a strategy cannot compute a problem: ``field`` is what lowerings look at to mend it."""
+
+    field: str
+    observed: str
+    required: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.field} is {self.observed}, it takes {self.required}" + (
+            f" ({self.remedy})" if self.remedy else ""
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a kernel takes, as data. The defaults are the conservative ones, for a kernel that declares nothing.
+
+    ``architectures`` are prefixes that an AMD device must have one of (``gfx942``). ``masks`` are kinds of
+    ``MaskFacts.kinds``; ``mixed_masks``: several kinds at once. ``scale``: any scale, not only 1/sqrt(D).
+    ``empty_rows``: which of "output" and "lse" are right for a query that sees no key (zeros, -inf).
+    ``bias_in_query_dtype``: a bias must have the dtype of the query.
+    """
+
+    devices: tuple[str, ...] = ("*",)
+    min_capability: tuple[int, int] | None = None
+    max_capability: tuple[int, int] | None = None
+    architectures: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    min_head_dim: int = 1
+    max_head_dim: int | None = None
+    head_dim_multiple: int = 1
+    value_dim_may_differ: bool = False
+    layouts: tuple[str, ...] = ("BHSD",)
+    masks: frozenset[str] = frozenset()
+    mixed_masks: bool = False
+    causal_alignments: tuple[str, ...] = ("top_left",)
+    bias_in_query_dtype: bool = True
+    bias_backward: bool = False
+    empty_rows: frozenset[str] = frozenset()
+    gqa: bool = False
+    scale: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    dropout: bool = False
+    lse: bool = False
+    backward: bool = False
+    deterministic_backward: bool = False
+    compile: bool = False
+    options: frozenset[str] = frozenset()
+
+    def covers(self, device: str) -> bool:
+        """Whether these limits speak about that type of device."""
+        return "*" in self.devices or device in self.devices
+
+    def refusals(self, problem: AttentionProblem) -> Iterator[Refusal]:
+        """Every limit that the problem breaks, each with the numbers."""
+        if not self.covers(problem.device):
+            yield Refusal(
+                "device", problem.device, " or ".join(self.devices), "move the tensors, or name another backend"
+            )
+            return
+        yield from self._machine(problem)
+        yield from self._sizes(problem)
+        yield from self._mask(problem)
+        yield from self._features(problem)
+
+    def _machine(self, problem: AttentionProblem) -> Iterator[Refusal]:
+        have = problem.capability
+        if have is None and problem.device == "cuda" and self.min_capability is not None:
+            if not any(problem.architecture.startswith(known) for known in self.architectures):
+                wanted = "/".join(self.architectures) or "NVIDIA devices only"
+                yield Refusal("architecture", problem.architecture or "unknown", wanted, "use native")
+        elif have is not None and self.min_capability is not None and have < self.min_capability:
+            yield Refusal("compute capability", _dotted(have), f"at least {_dotted(self.min_capability)}", "use native")
+        elif have is not None and self.max_capability is not None and have > self.max_capability:
+            yield Refusal("compute capability", _dotted(have), f"at most {_dotted(self.max_capability)}", "use native")
+        if problem.dtype not in self.dtypes:
+            yield Refusal("dtype", _short(problem.dtype), "/".join(map(_short, self.dtypes)), "cast the tensors")
+
+    def _sizes(self, problem: AttentionProblem) -> Iterator[Refusal]:
+        dims = {problem.head_dim, problem.value_dim}
+        if self.max_head_dim is not None and max(dims) > self.max_head_dim:
+            yield Refusal("head dim", str(max(dims)), f"at most {self.max_head_dim}", "use native or reference")
+        if min(dims) < self.min_head_dim or any(dim % self.head_dim_multiple for dim in dims):
+            wanted = f"multiples of {self.head_dim_multiple} from {self.min_head_dim}"
+            yield Refusal("head dim padding", "/".join(map(str, sorted(dims))), wanted, "pad the head dim")
+        if len(dims) > 1 and not self.value_dim_may_differ:
+            observed = f"{problem.value_dim} beside head dim {problem.head_dim}"
+            yield Refusal("value dim", observed, "equal ones", "pad the shorter one with zeros")
+        if problem.layout not in self.layouts:
+            yield Refusal("layout", problem.layout, "/".join(self.layouts), "transpose")
+        if problem.broadcast:
+            yield Refusal("leading sizes", "broadcast", "(batch, heads, length, head dim) alike", "expand them")
+        if problem.heads != problem.kv_heads and not self.gqa:
+            observed = f"{problem.kv_heads} for {problem.heads} query heads"
+            yield Refusal("kv heads", observed, "as many as query heads", "repeat key and value heads")
+
+    def _mask(self, problem: AttentionProblem) -> Iterator[Refusal]:
+        mask = problem.mask
+        for kind in mask.kinds:
+            if kind not in self.masks:
+                yield Refusal("mask", kind, "/".join(sorted(self.masks)) or "no mask", "give it as a dense mask")
+        if len(mask.kinds) > 1 and not self.mixed_masks:
+            yield Refusal("mask mix", " & ".join(mask.kinds), "one kind at a time", "join them into one dense mask")
+        for alignment in {mask.causal, mask.window[2] if mask.window else None} - {None, *self.causal_alignments}:
+            yield Refusal("causal alignment", str(alignment), "/".join(self.causal_alignments), "give a dense mask")
+        if mask.bias is not None and self.bias_in_query_dtype and mask.bias_dtype != problem.dtype:
+            yield Refusal("bias dtype", _short(mask.bias_dtype), _short(problem.dtype), "cast the bias")
+        if mask.bias_needs_grad and not self.bias_backward:
+            yield Refusal("bias gradient", "wanted", "biases without gradient", "use native, native_math or reference")
+        missing = {"output", *(["lse"] if problem.needs_lse else [])} - self.empty_rows
+        if problem.may_hide_rows and missing:
+            yield Refusal("empty rows", "possible", "rows that see a key", "set such rows to zero afterwards")
+
+    def _features(self, problem: AttentionProblem) -> Iterator[Refusal]:
+        if problem.scale is not None and not self.scale:
+            yield Refusal("scale", f"{problem.scale:.4g}", "1/sqrt(head dim)", "multiply the query")
+        if problem.softcap is not None and not self.softcap:
+            yield Refusal("softcap", str(problem.softcap), "none", "use flex or reference")
+        if problem.sinks and not self.sinks:
+            yield Refusal("sinks", "given", "none", "no backend of this version computes attention sinks")
+        if problem.dropout_p > 0 and not self.dropout:
+            yield Refusal("dropout_p", str(problem.dropout_p), "0.0", "use native or native_math")
+        if problem.needs_lse and not self.lse:
+            yield Refusal("return_lse", "wanted", "calls without it", "use native_flash, flex or reference")
+        if problem.needs_grad and not self.backward:
+            yield Refusal("gradient", "wanted", "calls without it", "use torch.no_grad(), or native")
+        if problem.needs_grad and problem.deterministic and not self.deterministic_backward:
+            yield Refusal("deterministic gradient", "wanted", "nondeterministic ones only", "use native_math")
+        if problem.compiling and not self.compile:
+            yield Refusal(
+                "torch.compile", "tracing", "eager calls", "call it outside the compiled function, or use native"
+            )
+        if problem.autocast:
+            yield Refusal("autocast", "on", "inputs of one dtype", "cast the inputs first")
+        for name, _ in problem.options:
+            if name not in self.options:
+                known = ", ".join(sorted(self.options)) or "none"
+                yield Refusal("options", repr(name), known, "see the backend's documentation")
+
+
+class AttentionStrategy(ABC):
+    """One backend. Declare ``name`` and ``limits``; write ``compute_attention``. Nothing else is needed.
+
+    ``limits`` is a Limits, or several for different devices. A class that declares none gets the conservative ones:
+    plain attention without mask, dropout, gradient or LSE; every other call is refused with a reason.
+
+    ``compute_attention`` is handed only the arguments that differ from their defaults, and only such as the limits
+    allow; so an argument that was declared by mistake is a TypeError, never a wrong answer.
+    """
+
+    name: ClassVar[str] = ""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    limits: ClassVar[Limits | tuple[Limits, ...]] = Limits()
+    exactness: ClassVar[Exactness] = "exact"
+
+    @abstractmethod
+    def compute_attention(self, *args: Any, **kwargs: Any) -> Answer:
+        """``compute_attention(query, key, value, **kwargs)``: (B, H, Q, D), (B, N, K, D), (B, N, K, E) to (B, H, Q, E).
+
+        ``kwargs`` are those of: attn_mask (bool, or float to be added; broadcastable to (B, H, Q, K)), attn_bias
+        (float, beside a bool attn_mask), is_causal, causal_alignment ("bottom_right"), window (left, right), window_alignment
+        ("bottom_right"), key_padding (bool (B, K)), varlen (a Varlen), block_mask, dropout_p, scale, enable_gqa,
+        softcap, sinks, options by their names, and return_lse, with which it returns (out, lse), lse float32 (B, H, Q).
+        """
+
+    def limits_for(self, device: str) -> Limits:
+        """The limits that speak about a type of device, else the first."""
+        every = self.limits if isinstance(self.limits, tuple) else (self.limits,)
+        return next((limits for limits in every if limits.covers(device)), every[0])
+
+    def refusals(self, problem: AttentionProblem) -> tuple[Refusal, ...]:
+        """Why this strategy cannot compute the problem; empty when it can. Pure. Extend it for rules of your own."""
+        return tuple(self.limits_for(problem.device).refusals(problem))
+
+    def validate_constraints(self, **kwargs: Any) -> None:
+        """Raise Refused unless this strategy itself, without any rewriting, takes this call.
+
+        ``kwargs`` are those of ``heedful.attention``, with ``query``, ``key`` and ``value``. A strategy may override it
+        to look at the tensors; what it raises as ValueError, TypeError or RuntimeError is taken as its refusal.
+        """
+        problem = problem_of_call(**kwargs)
+        found = self.refusals(problem)
+        if found:
+            raise Refused(problem, {self.name or type(self).__name__: found})
+
+    def validate_and_compute(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Answer:
+        """Validate, then compute: this strategy alone, without lowerings. Raises Refused."""
+        self.validate_constraints(query=query, key=key, value=value, **kwargs)
+        problem = problem_of_call(query=query, key=key, value=value, **kwargs)
+        words = ("attn_mask", "is_causal", "causal_alignment", "window")
+        mask = mask_of_call(**{name: kwargs[name] for name in words if name in kwargs})
+        return self.compute_attention(query, key, value, **static_arguments(problem), **mask_arguments(mask))
+
+    @classmethod
+    def has_own_validation(cls) -> bool:
+        """Whether ``validate_constraints`` was overridden, and so has to be asked before each call."""
+        return cls.validate_constraints is not AttentionStrategy.validate_constraints
+
+    @classmethod
+    def describe(cls) -> str:
+        """The first line of the module's or the class's docstring, for tables."""
+        text = inspect.getdoc(cls) if cls.__doc__ else inspect.getdoc(inspect.getmodule(cls))
+        return (text or "").strip().partition("\n")[0]
+
+
+def static_arguments(problem: AttentionProblem) -> dict[str, Any]:
+    """The keyword arguments of ``compute_attention`` that follow from the problem alone; only what is not default."""
+    mask = problem.mask
+    window = mask.window
+    every: dict[str, Any] = {
+        "is_causal": mask.causal is not None,
+        "causal_alignment": mask.causal if mask.causal == "bottom_right" else None,
+        "window": window[:2] if window else None,
+        "window_alignment": window[2] if window and window[2] == "bottom_right" else None,
+        "dropout_p": problem.dropout_p or None,
+        "scale": problem.scale,
+        "enable_gqa": problem.heads != problem.kv_heads,
+        "softcap": problem.softcap,
+        "return_lse": problem.needs_lse,
+    }
+    return {name: value for name, value in every.items() if value is not None and value is not False} | dict(
+        problem.options
+    )
+
+
+def mask_arguments(mask: Mask | None) -> dict[str, Any]:
+    """The keyword arguments of ``compute_attention`` that are tensors of the mask."""
+    if mask is None:
+        return {}
+    arguments: dict[str, Any] = {}
+    if mask.dense is not None:
+        arguments["attn_mask"] = mask.dense
+    if mask.bias is not None:
+        arguments["attn_mask" if mask.dense is None else "attn_bias"] = mask.bias
+    if mask.padding is not None:
+        arguments["key_padding"] = mask.padding
+    if mask.varlen is not None:
+        arguments["varlen"] = mask.varlen
+    if mask.block is not None:
+        arguments["block_mask"] = mask.block
+    return arguments
+
+
+Compute = Callable[..., Answer]
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+def _short(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
