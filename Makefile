@@ -43,8 +43,8 @@ lint: $(STAMP)
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
 
-bench: $(STAMP)  ## time the backends on the named shapes
-	@$(VENV)/bin/heedful bench $(ARGS)
+bench: $(STAMP)  ## what a call costs over SDPA, beside diffusers' dispatcher
+	@$(PY) benchmarks/overhead.py $(ARGS)
 
 clean:  ## remove caches and builds (.venv stays: rm -rf .venv removes it)
 	@rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -18,8 +18,10 @@ from heedful.errors import (
 from heedful.factory import AttentionStrategyFactory
 from heedful.facts import Facts
 from heedful.masks import Bias, Causal, Dense, KeyPadding, Mask, SlidingWindow, Varlen
-from heedful.policy import Policy
+from heedful.models import attention_report, reset_attention_backend, set_attention_backend
+from heedful.policy import Policy, checkpoint_context
 from heedful.problem import AttentionProblem
+from heedful.report import AttentionReport, LayerReport
 from heedful.select import Plan
 from heedful.strategy import AttentionStrategy, Limits, Refusal
 
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionDispatcher",
     "AttentionProblem",
+    "AttentionReport",
     "AttentionStrategy",
     "AttentionStrategyFactory",
     "Bias",
@@ -36,6 +39,7 @@ __all__ = [
     "HeedfulError",
     "InvalidArgument",
     "KeyPadding",
+    "LayerReport",
     "Limits",
     "Mask",
     "NothingCovered",
@@ -49,6 +53,10 @@ __all__ = [
     "Varlen",
     "attention",
     "attention_backend",
+    "attention_report",
+    "checkpoint_context",
     "explain",
     "list_backends",
+    "reset_attention_backend",
+    "set_attention_backend",
 ]

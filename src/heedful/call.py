@@ -15,8 +15,10 @@ from torch import Tensor
 from heedful import facts as machine
 from heedful.errors import InvalidArgument
 from heedful.facts import Facts
-from heedful.masks import Causal, Mask, as_mask, as_window
+from heedful.masks import Mask, as_alignment, as_mask, as_window
 from heedful.problem import AttentionProblem, problem_for_shapes
+
+_LARGEST = torch.finfo(torch.float64).max
 
 
 def mask_of_call(
@@ -27,10 +29,10 @@ def mask_of_call(
     window: tuple[int | None, int | None] | int | None = None,
 ) -> Mask | None:
     """The one mask that a call's mask arguments mean together. Raises InvalidArgument."""
-    mask = as_mask(attn_mask)
+    mask, alignment = as_mask(attn_mask), as_alignment(causal_alignment)
     for part in (
-        Causal(causal_alignment) if is_causal else None,  # type: ignore[arg-type]
-        Mask(window=as_window(window, causal_alignment)) if window is not None else None,
+        Mask(causal=alignment) if is_causal else None,
+        Mask(window=as_window(window, alignment)) if window is not None else None,
     ):
         if part is not None:
             mask = part if mask is None else mask & part
@@ -54,14 +56,15 @@ def checked_numbers(
             raise InvalidArgument(name, repr(flag), "give True or False")
     for name, number, low, high in (
         ("dropout_p", dropout_p, 0.0, 1.0),
-        ("scale", scale, -math.inf, math.inf),
-        ("softcap", softcap, math.ulp(0.0), math.inf),
+        ("scale", scale, -_LARGEST, _LARGEST),
+        ("softcap", softcap, math.ulp(0.0), _LARGEST),
         ("max_error", max_error, 0.0, math.inf),
     ):
         if number is None and name != "dropout_p":
             continue
         if not isinstance(number, (int, float)) or isinstance(number, bool) or not low <= number <= high:
-            wanted = {"scale": "a number", "softcap": "a number above 0"}.get(name, f"a number from {low} to {high}")
+            words = {"scale": "a finite number", "softcap": "a finite number above 0"}
+            wanted = words.get(name, f"a number from {low} to {high}")
             raise InvalidArgument(name, repr(number), f"give {wanted}")
     if options is not None and not (isinstance(options, Mapping) and all(isinstance(name, str) for name in options)):
         raise InvalidArgument("options", repr(options), "give a mapping from option names to values")
@@ -96,7 +99,7 @@ def problem_of_call(
     facts: Facts | None = None,
 ) -> AttentionProblem:
     """Check every argument and state the problem. Raises InvalidArgument: argument, value and remedy."""
-    _check_tensors(query, key, value)
+    _check_tensors(query, key, value, layout)
     fields = checked_numbers(
         dropout_p=dropout_p,
         is_causal=is_causal,
@@ -136,7 +139,8 @@ def computed_dtype(query: torch.dtype, key: torch.dtype, value: torch.dtype, dev
     for name, dtype in (("query", query), ("key", key), ("value", value)):
         if not dtype.is_floating_point:
             raise InvalidArgument(name, dtype, "give a floating dtype, such as torch.float16")
-    if torch.is_autocast_enabled(device) and torch.float64 not in (query, key, value):
+    known = torch.amp.autocast_mode.is_autocast_available(device)  # not so for "meta"
+    if known and torch.is_autocast_enabled(device) and torch.float64 not in (query, key, value):
         return torch.get_autocast_dtype(device), True
     for name, dtype in (("key", key), ("value", value)):
         if dtype != query:
@@ -144,16 +148,22 @@ def computed_dtype(query: torch.dtype, key: torch.dtype, value: torch.dtype, dev
     return query, False
 
 
-def _check_tensors(query: object, key: object, value: object) -> None:
+# How to pack a nested tensor's sequences, by the layout that it came in.
+_PACK = {
+    "BHSD": ("torch.cat([t.transpose(0, 1) for t in {}.unbind()])", "t.shape[1] for t in {}.unbind()"),
+    "BSHD": ("torch.cat({}.unbind())", "t.shape[0] for t in {}.unbind()"),
+}
+
+
+def _check_tensors(query: object, key: object, value: object, layout: str) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise InvalidArgument(name, type(tensor).__name__, "give a torch.Tensor")
         if tensor.is_nested:
-            raise InvalidArgument(
-                name,
-                "a nested tensor",
-                "pack the sequences: query.values() with layout='THD' and attn_mask=heedful.Varlen(query.offsets())",
-            )
+            packed, lengths = (text.format(name) for text in _PACK.get(layout, _PACK["BSHD"]))
+            varlen = f"heedful.Varlen(torch.tensor([0, *({lengths})]).cumsum(0))"
+            remedy = f"pack the sequences: {packed}, with layout='THD' and attn_mask={varlen}"
+            raise InvalidArgument(name, "a nested tensor", remedy)
         if tensor.layout != torch.strided:
             raise InvalidArgument(name, tensor.layout, "give a dense (strided) tensor")
     for name, tensor in (("key", key), ("value", value)):

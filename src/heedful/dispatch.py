@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +19,14 @@ from heedful import policy as wishes
 from heedful import tracing
 from heedful.binding import Run, bind
 from heedful.call import problem_of_call
+from heedful.errors import UnknownBackend
 from heedful.factory import AttentionStrategyFactory
 from heedful.facts import Facts
 from heedful.masks import Mask
-from heedful.policy import Policy, Wish, as_wish
+from heedful.policy import Policy, Wish, as_wish, mirror
 from heedful.problem import AttentionProblem, problem_for_shapes
 from heedful.select import Plan, judge, select
-from heedful.strategy import Answer, Refusal
+from heedful.strategy import Answer, AttentionStrategy, Refusal
 
 _log = logging.getLogger("heedful")
 
@@ -70,7 +70,10 @@ class BackendTable:
         return len(self.rows)
 
     def __getitem__(self, name: str) -> BackendRow:
-        return next(row for row in self.rows if row.name == name or name in row.aliases)
+        for row in self.rows:
+            if name in (row.name, *row.aliases):
+                return row
+        raise UnknownBackend(name, [row.name for row in self.rows])
 
     def __str__(self) -> str:
         lines = [f"backends for {self.problem}"]
@@ -98,12 +101,13 @@ class AttentionDispatcher:
         self._policy = policy
         self._runs: dict[Any, Run] = {}
         self._told: set[str] = set()
-        self._number = tracing.enrol(self)
+        self.traced = tracing.Traced(self)
         self.factory.watch(self._forget)
 
     def _forget(self) -> None:
         """Drop what was planned with another registry. A call under way stores into the old dictionary."""
         self._runs = {}
+        self.traced.forget()
 
     @property
     def facts(self) -> Facts:
@@ -177,7 +181,7 @@ class AttentionDispatcher:
         """
         if _compiling():
             return tracing.attend(
-                self._number, self.factory.epoch, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                self.traced, self.factory.epoch, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                 layout, causal_alignment, window, softcap, sinks, max_error, options, backend, return_lse,
             )  # fmt: skip
         wish = _current_wish() if backend is None else tuple(backend) if type(backend) is list else backend
@@ -201,19 +205,21 @@ class AttentionDispatcher:
         except (TypeError, AttributeError, RuntimeError):  # an unhashable option, no tensor, a nested tensor
             kind = run = None
         if run is None:
-            call = {
-                "attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale,
-                "enable_gqa": enable_gqa, "layout": layout, "causal_alignment": causal_alignment, "window": window,
-                "softcap": softcap, "sinks": sinks, "max_error": max_error, "options": options,
-                "return_lse": return_lse,
+            call: dict[str, Any] = {
+                "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa,
+                "layout": layout, "causal_alignment": causal_alignment, "window": window, "softcap": softcap,
+                "sinks": sinks, "max_error": max_error, "options": options, "return_lse": return_lse,
             }  # fmt: skip
-            problem = problem_of_call(query, key, value, **call, facts=self.facts)
+            problem = problem_of_call(query, key, value, attn_mask, **call, facts=self.facts)
             run = self._bound(self.plan(problem, backend), call)
             if kind is not None:
                 if len(runs) >= _MOST_KINDS:
                     runs.clear()
                 runs[kind] = run
-        return run(query, key, value, attn_mask)
+        route = mirror.route
+        if route is None:
+            return run(query, key, value, attn_mask)
+        return route.aside(wish, run, query, key, value, attn_mask)
 
     def dispatch(self, backend: str | list[str] | tuple[str, ...] | None = None, /, **call: Any) -> Any:
         """``attention`` with the backend first: ``dispatch("native", query=q, key=k, value=v)``."""
@@ -233,7 +239,17 @@ class AttentionDispatcher:
 
         The plan prints as text; a refused one is returned, not raised. Raises InvalidArgument and UnknownBackend.
         """
-        return self.plan(problem_of_call(query, key, value, attn_mask, **call, facts=self.facts), backend)
+        problem = problem_of_call(query, key, value, attn_mask, **call, facts=self.facts)
+        plan = self.plan(problem, backend)
+        excluded: dict[str, tuple[Refusal, ...]] = {}
+        while plan.chosen is not None:
+            strategy = self.factory.create_strategy(plan.chosen.name)
+            refusal = _own_refusal(strategy, query=query, key=key, value=value, attn_mask=attn_mask, **call)
+            if refusal is None:
+                break
+            excluded[strategy.name] = (refusal,)
+            plan = self.plan(problem, backend, excluded=excluded)
+        return plan
 
     def plan(
         self,
@@ -266,8 +282,10 @@ class AttentionDispatcher:
         ]
         return BackendTable(problem, tuple(rows))
 
-    def attention_backend(self, backend: str | list[str] | tuple[str, ...]) -> AbstractContextManager[None]:
-        """Wish for a backend within a ``with`` block: for this thread or asyncio task alone, nested, always restored.
+    def attention_backend(self, backend: str | list[str] | tuple[str, ...]) -> wishes.scope:
+        """Wish for a backend within a ``with`` block, or a decorated function (an ``async`` one too, no generator):
+
+        for this thread or asyncio task alone, nested, always restored. The object may be used again.
 
         ``backend`` is a name (obeyed or Refused), a list of names (the fallback order), or "auto". Compiled code sees
         the scopes that its own thread entered, outside of asyncio tasks; inside one it must name its backend.
@@ -307,21 +325,16 @@ class AttentionDispatcher:
         run = bind(plan, strategy, words)
         if not strategy.has_own_validation():
             return run
-        given = {name: value for name, value in call.items() if value is not None and name != "attn_mask"}
 
         def ask_first(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> Answer:
-            try:
-                strategy.validate_constraints(query=query, key=key, value=value, attn_mask=attn_mask, **given)
-            except (ValueError, TypeError, RuntimeError) as error:
-                reason = Refusal("validate_constraints", str(error), "what it checks itself")
-                more = {**(excluded or {}), strategy.name: (reason,)}
-                other = select(
-                    plan.problem, plan.wish, self.factory.strategies(), self.policy, origin=plan.origin, excluded=more
-                )
-                if other.refused:
-                    other.checked()
-                return self._bound(other, call, more)(query, key, value, attn_mask)
-            return run(query, key, value, attn_mask)
+            refusal = _own_refusal(strategy, query=query, key=key, value=value, attn_mask=attn_mask, **call)
+            if refusal is None:
+                return run(query, key, value, attn_mask)
+            more = {**(excluded or {}), strategy.name: (refusal,)}
+            other = select(
+                plan.problem, plan.wish, self.factory.strategies(), self.policy, origin=plan.origin, excluded=more
+            )
+            return self._bound(other, call, more)(query, key, value, attn_mask)
 
         return ask_first
 
@@ -332,6 +345,18 @@ class AttentionDispatcher:
             if message not in self._told:
                 self._told.add(message)
                 _log.warning("heedful: %s", message)
+
+
+def _own_refusal(strategy: AttentionStrategy, *, attn_mask: Any, **call: Any) -> Refusal | None:
+    """What a strategy's own validation says against a call; None where it has none, or nothing against it."""
+    if not strategy.has_own_validation():
+        return None
+    given = {name: value for name, value in call.items() if value is not None}
+    try:
+        strategy.validate_constraints(attn_mask=attn_mask, **given)
+    except (ValueError, TypeError, RuntimeError) as error:
+        return Refusal("validate_constraints", str(error), "what it checks itself")
+    return None
 
 
 def _mask_key(attn_mask: Any) -> tuple[Any, ...]:

@@ -19,7 +19,17 @@ if TYPE_CHECKING:
 
 
 class HeedfulError(Exception):
-    """The root: catch this to catch all that heedful raises on purpose."""
+    """The root: catch this to catch all that heedful raises on purpose. Pickles, so worker processes can raise it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[HeedfulError], args: tuple[object, ...], state: dict[str, object]) -> HeedfulError:
+    """An error as it was, without its constructor, which takes other things than the text."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class InvalidArgument(HeedfulError, ValueError):
@@ -57,9 +67,6 @@ class Refused(HeedfulError, RuntimeError):
         super().__init__("\n".join(lines))
         self.problem = problem
         self.refusals = refusals
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.problem, self.refusals)
 
 
 class NothingCovered(HeedfulError, RuntimeError):

@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType, ModuleType
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 from weakref import WeakMethod
@@ -52,7 +53,8 @@ class AttentionStrategyFactory:
         self._classes: dict[str, type[AttentionStrategy]] = {}
         self._aliases: dict[str, str] = {}
         self._made: dict[str, AttentionStrategy] = {}
-        self._loaded = False
+        self._loaded = self._under_way = False
+        self._loading = threading.RLock()
         self._watchers: list[WeakMethod[Callable[[], None]]] = []
 
     def watch(self, changed: Callable[[], None]) -> None:
@@ -92,7 +94,7 @@ class AttentionStrategyFactory:
     def create_strategy(self, name: str) -> AttentionStrategy:
         """A strategy by its name or alias. Raises UnknownBackend with the closest names."""
         name = self.resolve(name)
-        return self._made.setdefault(name, self._make(name))
+        return self._made.get(name) or self._made.setdefault(name, self._make(name))
 
     @_OnDefault
     def resolve(self, name: str, origin: str = "backend") -> str:
@@ -116,18 +118,20 @@ class AttentionStrategyFactory:
         return made
 
     def _add(self, name: str, strategy: Any, *, replace: bool = False) -> None:
-        if not isinstance(name, str) or not name or name == "auto":
-            raise RegistrationError(f"name: got {name!r}; give a non-empty name other than 'auto'")
         if not (inspect.isclass(strategy) and issubclass(strategy, AttentionStrategy)):
             raise RegistrationError(f"strategy {name!r}: got {strategy!r}; give a subclass of AttentionStrategy")
         if inspect.isabstract(strategy):
             raise RegistrationError(f"strategy {name!r}: {strategy.__name__} does not implement compute_attention")
         words = (name, *strategy.aliases)
+        for word in words:
+            if not isinstance(word, str) or not word or word == "auto":
+                raise RegistrationError(f"name or alias: got {word!r}; give a non-empty name other than 'auto'")
         taken = [word for word in words if word in self._classes or word in self._aliases]
         if taken and not replace:
             raise RegistrationError(f"strategy {name!r}: {taken[0]!r} is taken; pass replace=True to take it over")
-        if replace and name in self._classes:
-            self._forget(name)
+        for word in words:
+            if word in self._classes:
+                self._forget(word)
         self._classes[name] = strategy
         self._aliases |= dict.fromkeys(strategy.aliases, name)
         self._changed()
@@ -140,12 +144,30 @@ class AttentionStrategyFactory:
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True
+        with self._loading:  # another thread's first call waits; a plug-in that registers as it is imported passes
+            if self._loaded or self._under_way:
+                return
+            self._under_way = True
+            try:
+                self._scan()
+                self._loaded = True
+            except BaseException:
+                self._classes, self._aliases, self._made = {}, {}, {}  # the next call finds it as this one did
+                raise
+            finally:
+                self._under_way = False
+
+    def _scan(self) -> None:
         for package in self.packages:
             for strategy in _in_package(package):
                 self._add(strategy.name, strategy)
-        for strategy in _in_entry_points() if self.plugins else ():
-            self._add(strategy.name, strategy)
+        for point in entry_points(group=GROUP) if self.plugins else ():
+            try:
+                for strategy in _in_entry_point(point):
+                    self._add(getattr(strategy, "name", "") or point.name, strategy)
+            except Exception as error:
+                text = f"heedful plug-in {point.name!r} ({point.value}) cannot be loaded: {error!r}"
+                warnings.warn(text, stacklevel=2)
 
 
 def _in_package(package: str) -> Iterator[type[AttentionStrategy]]:
@@ -162,15 +184,7 @@ def _in_module(module: ModuleType) -> Iterator[type[AttentionStrategy]]:
             yield value
 
 
-def _in_entry_points() -> Iterator[type[AttentionStrategy]]:
-    """Strategies of installed plug-ins. One that cannot be imported is named in a warning and left out."""
-    for point in entry_points(group=GROUP):
-        try:
-            loaded = point.load()
-        except Exception as error:
-            warnings.warn(f"heedful plug-in {point.name!r} ({point.value}) cannot be loaded: {error!r}", stacklevel=2)
-            continue
-        if isinstance(loaded, ModuleType):
-            yield from _in_module(loaded)
-        else:
-            yield loaded
+def _in_entry_point(point: EntryPoint) -> Iterable[type[AttentionStrategy]]:
+    """The strategy that an installed plug-in names, or all those in the module that it names."""
+    loaded = point.load()
+    return _in_module(loaded) if isinstance(loaded, ModuleType) else (loaded,)

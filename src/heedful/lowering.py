@@ -100,28 +100,23 @@ class BroadcastLeading(Lowering):
         return problem.replace(broadcast=False)
 
     def before(self, old: AttentionProblem, new: AttentionProblem) -> Before:  # noqa: ARG002
-        heads_last = old.layout == "BHSD"
-
         def broadcast(x: Operands) -> Operands:
-            tensors = x[:3] if heads_last else tuple(t.transpose(1, 2) for t in x[:3])
-            query, key, value = (_like_4d(t, *tensors) for t in tensors)
-            mask = x.mask
-            if mask is not None and query.dim() > 0:
-                lead = _lead(*tensors)
-                if len(lead) > 2:
-                    mask = _flatten_mask(mask, lead)
-            if not heads_last:
-                query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-            return Operands(query, key, value, mask)
+            lead = leading_shape(*x[:3])
+            query, key, value = (_as_4d(t, lead) for t in x[:3])
+            return Operands(query, key, value, x.mask if x.mask is None else _flatten_mask(x.mask, lead))
 
-        return broadcast
+        def broadcast_heads_third(x: Operands) -> Operands:
+            on = broadcast(Operands(x.query.transpose(1, 2), x.key.transpose(1, 2), x.value.transpose(1, 2), x.mask))
+            return Operands(on.query.transpose(1, 2), on.key.transpose(1, 2), on.value.transpose(1, 2), on.mask)
+
+        return broadcast if old.layout == "BHSD" else broadcast_heads_third
 
     def after(self, old: AttentionProblem, new: AttentionProblem) -> After | None:  # noqa: ARG002
         if old.layout != "BHSD":
             return None
 
         def restore(out: Tensor, lse: Tensor | None, x: Operands, _on: Operands) -> tuple[Tensor, Tensor | None]:
-            lead = _lead(*x[:3])
+            lead = leading_shape(*x[:3])
             lse = None if lse is None else lse.reshape(*lead, lse.shape[-1])
             return out.reshape(*lead, *out.shape[-2:]), lse
 
@@ -152,23 +147,25 @@ class CastAutocast(Lowering):
 
 
 class ChangeLayout(Lowering):
-    """(B, S, H, D) or packed (T, H, D) to (B, H, S, D) by transposed views, and the output back."""
+    """Between (B, H, S, D) and (B, S, H, D), or from packed (T, H, D) to either, by views; and the output back."""
 
     name = "layout"
     mends = frozenset({"layout"})
 
     def rewrite(self, problem: AttentionProblem, limits: Limits) -> AttentionProblem | None:
-        layout = limits.layouts[0]
-        return (
-            problem.replace(layout=layout) if {problem.layout, layout} != {"BHSD", "THD"} or layout == "BHSD" else None
-        )
+        layout = next((layout for layout in limits.layouts if layout != "THD"), None)  # packing is no view
+        return None if layout is None else problem.replace(layout=layout)
 
-    def before(self, old: AttentionProblem, new: AttentionProblem) -> Before:  # noqa: ARG002
-        if old.layout == "THD":
+    def before(self, old: AttentionProblem, new: AttentionProblem) -> Before:
+        if old.layout == "THD" and new.layout == "BHSD":
             return lambda x: Operands(_as_batch(x.query), _as_batch(x.key), _as_batch(x.value), x.mask)
+        if old.layout == "THD":
+            return lambda x: Operands(x.query[None], x.key[None], x.value[None], x.mask)
         return lambda x: Operands(x[0].transpose(1, 2), x[1].transpose(1, 2), x[2].transpose(1, 2), x[3])
 
-    def after(self, old: AttentionProblem, new: AttentionProblem) -> After | None:  # noqa: ARG002
+    def after(self, old: AttentionProblem, new: AttentionProblem) -> After | None:
+        if old.layout == "THD" and new.layout == "BSHD":
+            return lambda out, lse, _x, _on: (out.squeeze(0), None if lse is None else lse.squeeze(0))
         if old.layout == "THD":
             return lambda out, lse, _x, _on: (out.squeeze(0).transpose(0, 1), None if lse is None else lse.squeeze(0))
         return lambda out, lse, _x, _on: (out.transpose(1, 2), lse)
@@ -181,12 +178,12 @@ class ExpandKVHeads(Lowering):
     mends = frozenset({"kv heads"})
 
     def rewrite(self, problem: AttentionProblem, limits: Limits) -> AttentionProblem | None:  # noqa: ARG002
-        return problem.replace(kv_heads=problem.heads) if problem.layout == "BHSD" else None
+        return problem.replace(kv_heads=problem.heads)
 
     def before(self, old: AttentionProblem, new: AttentionProblem) -> Before:  # noqa: ARG002
-        times = old.heads // old.kv_heads
+        times, axis = old.heads // old.kv_heads, -3 if old.layout == "BHSD" else -2
         return lambda x: Operands(
-            x.query, x.key.repeat_interleave(times, dim=1), x.value.repeat_interleave(times, dim=1), x.mask
+            x.query, x.key.repeat_interleave(times, dim=axis), x.value.repeat_interleave(times, dim=axis), x.mask
         )
 
 
@@ -231,13 +228,14 @@ class MaterialiseMask(Lowering):
             mask=MaskFacts(bias=_joined_axes(mask), bias_dtype=dtype, bias_needs_grad=mask.bias_needs_grad)
         )
 
-    def before(self, old: AttentionProblem, new: AttentionProblem) -> Before:  # noqa: ARG002
+    def before(self, old: AttentionProblem, new: AttentionProblem) -> Before:
         as_bias, dtype = new.mask.bias is not None, new.mask.bias_dtype
+        length = -2 if old.layout == "BHSD" else -3
 
         def materialise(x: Operands) -> Operands:
             if x.mask is None:
                 return x
-            seen = x.mask.visible(x.query.shape[-2], x.key.shape[-2], x.query.device)
+            seen = x.mask.visible(x.query.shape[length], x.key.shape[length], x.query.device)
             if not as_bias:
                 return x._replace(mask=Mask(dense=seen))
             bias = x.mask.bias
@@ -276,7 +274,7 @@ class ZeroEmptyRows(Lowering):
     mends = frozenset({"empty rows"})
 
     def rewrite(self, problem: AttentionProblem, limits: Limits) -> AttentionProblem | None:  # noqa: ARG002
-        if problem.layout != "BHSD" or len(problem.mask.kinds) != 1 or problem.mask.kinds[0] not in {"dense", "bias"}:
+        if problem.layout == "THD" or problem.mask.kinds not in (("dense",), ("bias",)):
             return None
         return problem.replace(mask=replace(problem.mask, rows_seen=True))
 
@@ -297,11 +295,13 @@ class ZeroEmptyRows(Lowering):
         return show
 
     def after(self, old: AttentionProblem, new: AttentionProblem) -> After | None:  # noqa: ARG002
+        heads_third = old.layout != "BHSD"
+
         def zero(out: Tensor, lse: Tensor | None, _x: Operands, on: Operands) -> tuple[Tensor, Tensor | None]:
             if on.empty is None:
                 return out, lse
             lse = None if lse is None else lse.masked_fill(on.empty.squeeze(-1), -math.inf)
-            return out.masked_fill(on.empty, 0.0), lse
+            return out.masked_fill(on.empty.transpose(1, 2) if heads_third else on.empty, 0.0), lse
 
         return zero
 
@@ -399,8 +399,8 @@ def _as_rows(empty: Tensor) -> Tensor:
     return empty.reshape((1,) * (4 - empty.dim()) + tuple(empty.shape)) if empty.dim() < 4 else empty
 
 
-def _lead(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
-    """The leading shape (…, H) of the answer; with grouped heads it is the query's heads that count."""
+def leading_shape(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
+    """The leading shape (…, H) of the answer to tensors (…, H, length, dim); of grouped heads the query's count."""
     heads = [t.shape[-3:-2] for t in (query, key, value)]
     grouped = all(heads) and heads[1] == heads[2] and heads[1][0] not in (1, heads[0][0]) and heads[0][0] != 1
     leads = [t.shape[:-2] for t in (query, key, value)]
@@ -409,8 +409,8 @@ def _lead(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
     return tuple(torch.broadcast_shapes(*leads))
 
 
-def _like_4d(tensor: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    lead = _lead(query, key, value)
+def _as_4d(tensor: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """Expand (…, length, dim) to the leading shape (…, H), repeating grouped heads; flatten all before the heads."""
     if lead and tensor.dim() > 2 and tensor.shape[-3] not in (1, lead[-1]):
         tensor = tensor.repeat_interleave(lead[-1] // tensor.shape[-3], dim=-3)
     full = tensor.expand(*lead, *tensor.shape[-2:])
@@ -418,12 +418,14 @@ def _like_4d(tensor: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tenso
 
 
 def _flatten_mask(mask: Mask, lead: tuple[int, ...]) -> Mask:
-    """Give a mask's tensors of rank five and more the four dimensions of the flattened problem."""
+    """Bring a mask's tensors to the four dimensions of the flattened problem, where that had more."""
+    if len(lead) <= 2:
+        return mask
 
     def flatten(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or tensor.dim() <= 3:
             return tensor
-        full = tensor.expand(*lead, *tensor.shape[-2:])
-        return full.reshape(math.prod(lead[:-1]), lead[-1], *tensor.shape[-2:])
+        full = tensor.expand(*lead[:-1], *tensor.shape[-3:])
+        return full.reshape(math.prod(lead[:-1]), *tensor.shape[-3:])
 
     return replace_part(mask, dense=flatten(mask.dense), bias=flatten(mask.bias))

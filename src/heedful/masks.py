@@ -112,12 +112,10 @@ class Mask:
     @property
     def key(self) -> tuple[Any, ...]:
         """All that validation and selection read of this mask: hashable."""
-        tensors = [self.dense, self.bias, self.padding]
-        if self.varlen is not None:
-            tensors += [self.varlen.cu_seqlens_q, self.varlen.cu_seqlens_k]
         wants_grad = self.bias is not None and self.bias.requires_grad and torch.is_grad_enabled()
-        read = tuple(None if t is None else (t.dtype, t.shape, t.device) for t in tensors)
-        return (self.causal, self.window, self.block is None, wants_grad, *read)
+        parts = (_read(self.dense), _read(self.bias), _read(self.padding))
+        packing = None if self.varlen is None else (_read(self.varlen.cu_seqlens_q), _read(self.varlen.cu_seqlens_k))
+        return (self.causal, self.window, self.block is None, wants_grad, packing, *parts)
 
     def visible(self, query_length: int, key_length: int, device: torch.device) -> Tensor | None:
         """What the boolean parts let see: bool, broadcastable to (B, H, Q, K); None where they hide nothing."""
@@ -148,7 +146,7 @@ class Causal(Mask):
     """
 
     def __init__(self, alignment: Alignment = "top_left") -> None:
-        super().__init__(causal=_alignment(alignment))
+        super().__init__(causal=as_alignment(alignment))
 
 
 class SlidingWindow(Mask):
@@ -264,13 +262,35 @@ def as_mask(attn_mask: object) -> Mask | None:
 
 
 def as_window(window: tuple[int | None, int | None] | int, alignment: str) -> Window | None:
-    """A window (left, right), both ends included, checked; None or a negative number leaves a side open."""
-    if isinstance(window, int):
-        window = (window, window)
-    if len(window) != 2 or not all(side is None or isinstance(side, int) for side in window):
+    """A window (left, right), both ends included, checked; one number is both sides, None or a negative one is open."""
+    sides = window if isinstance(window, (tuple, list)) else (window, window)
+    if len(sides) != 2 or not all(map(_is_side, sides)):
         raise InvalidArgument("window", window, "give (left, right) as numbers of keys, None for an open side")
-    left, right = (None if side is None or side < 0 else side for side in window)
-    return None if left is None and right is None else (left, right, _alignment(alignment))
+    left, right = (None if side is None or side < 0 else side for side in sides)
+    return None if left is None and right is None else (left, right, as_alignment(alignment))
+
+
+def _is_side(side: object) -> bool:
+    return side is None or (isinstance(side, int) and not isinstance(side, bool))
+
+
+def of_rank_four(tensor: Tensor) -> Tensor:
+    """A mask's tensor with leading ones up to four dimensions: kernels take fewer only in part (CPU flash: 2 and 4)."""
+    return tensor if tensor.dim() >= 4 else tensor[(None,) * (4 - tensor.dim())]
+
+
+def savable(attn_mask: Any) -> Any:
+    """The same mask with copies of the tensors made in inference mode, which autograd cannot save for a gradient."""
+    if isinstance(attn_mask, Tensor):
+        return attn_mask.clone() if attn_mask.is_inference() else attn_mask
+    tensors = ("dense", "bias", "padding")
+    if isinstance(attn_mask, Mask) and any(
+        t is not None and t.is_inference() for t in map(attn_mask.__getattribute__, tensors)
+    ):
+        copies = {name: savable(getattr(attn_mask, name)) for name in tensors}
+        kept = {name: getattr(attn_mask, name) for name in ("causal", "window", "varlen", "block")}
+        return Mask(**copies, **kept)
+    return attn_mask
 
 
 def facts_of(mask: Mask | None) -> MaskFacts:
@@ -290,12 +310,18 @@ def facts_of(mask: Mask | None) -> MaskFacts:
     )
 
 
+def _read(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.device)
+
+
 def _axes(tensor: Tensor) -> str:
-    sizes = (1,) * (4 - tensor.dim()) + tuple(tensor.shape[-4:])
-    return "".join(axis for axis, size in zip("BHQK", sizes, strict=True) if size != 1)
+    sizes = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
+    present = (any(size != 1 for size in sizes[:-3]), *(size != 1 for size in sizes[-3:]))
+    return "".join(axis for axis, there in zip("BHQK", present, strict=True) if there)
 
 
-def _alignment(alignment: str) -> Alignment:
+def as_alignment(alignment: str) -> Alignment:
+    """The name of an alignment, checked."""
     for known in ALIGNMENTS:
         if alignment == known:
             return known

@@ -7,16 +7,21 @@ The scope is a ContextVar: nested, and separate for every thread and every async
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
 
 from heedful.errors import InvalidArgument
 
 Wish = str | tuple[str, ...]
+P = ParamSpec("P")
+R = TypeVar("R")
 VARIABLE = "HEEDFUL_BACKEND"
 
 # The order in which auto asks, by device; measured timings will go before it. native is torch's own choice among its
@@ -39,10 +44,10 @@ class Policy:
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Policy:
         """The shipped table, and ``HEEDFUL_BACKEND``: a name, or several with commas for a fallback order."""
-        text = (os.environ if environ is None else environ).get(VARIABLE, "").strip()
-        if not text:
-            return cls()
+        text = (os.environ if environ is None else environ).get(VARIABLE, "")
         names = tuple(name.strip() for name in text.split(",") if name.strip())
+        if not names:
+            return cls()
         return cls(default=names[0] if len(names) == 1 else names, default_origin=VARIABLE)
 
     def order(self, device: str, known: Iterable[str]) -> tuple[str, ...]:
@@ -62,41 +67,103 @@ def as_wish(backend: object) -> Wish:
     raise InvalidArgument("backend", repr(backend), "give a name, a non-empty list of names, 'auto' or None")
 
 
+class scope:
+    """Wish for a backend within a ``with`` block, or within every call of the function that it decorates.
+
+    One object may be entered any number of times, in any threads and tasks. What holds after leaving is the scope that
+    was entered last and is still open; so generators that are closed out of order leave nothing behind. Where it was
+    not entered (a generator that is closed in another context) leaving does nothing.
+    """
+
+    def __init__(self, wish: Wish | None) -> None:
+        self.wish = wish
+
+    def __enter__(self) -> None:
+        _entered.set((*_entered.get(), self))
+        _scope.set(self.wish)
+        mirror.enter(self)
+
+    def __exit__(self, *_error: object) -> None:
+        left = list(_entered.get())
+        if self in left:
+            del left[-1 - left[::-1].index(self)]
+            _entered.set(tuple(left))
+            _scope.set(left[-1].wish if left else None)
+        mirror.leave(self)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """The function, run within this scope. A generator's body runs between calls, so it is refused."""
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise InvalidArgument("attention_backend", "a generator function", "use it in a with statement inside")
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def awaited(*args: P.args, **kwargs: P.kwargs) -> Any:
+                with self:
+                    return await function(*args, **kwargs)
+
+            return awaited  # type: ignore[return-value]
+
+        @functools.wraps(function)
+        def within(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self:
+                return function(*args, **kwargs)
+
+        return within
+
+
 class _Mirror(threading.local):
     """The scope as compiled code sees it: dynamo can guard these attributes, but not a ContextVar.
 
     ``in_coroutines`` lists the scopes that are open inside asyncio tasks of this thread: tasks take turns, so no one
     value of the mirror is right for all of them, and compiled calls without a backend of their own are refused.
+    ``entered`` are the thread's open scopes: each with the wish before it, and whether it was entered inside a task.
+    ``route`` is the routed layer (see ``routing``) that this thread is inside of; None while heedful itself computes.
     """
 
     def __init__(self) -> None:
         self.wish: Wish | None = None
-        self.in_coroutines: list[Wish] = []
+        self.route: Any = None
+        self.in_coroutines: list[Wish | None] = []
+        self.entered: list[tuple[scope, Wish | None, bool]] = []
+
+    def enter(self, entered: scope) -> None:
+        inside_task = _in_asyncio_task()
+        self.entered.append((entered, self.wish, inside_task))
+        if inside_task:
+            self.in_coroutines.append(entered.wish)
+        else:
+            self.wish = entered.wish
+
+    def leave(self, left: scope) -> None:
+        place = next((place for place in reversed(range(len(self.entered))) if self.entered[place][0] is left), None)
+        if place is None:
+            return
+        _, before, inside_task = self.entered.pop(place)
+        if inside_task:
+            self.in_coroutines.remove(left.wish)
+            return
+        for later in range(place, len(self.entered)):
+            if not self.entered[later][2]:
+                self.entered[later] = (self.entered[later][0], before, False)
+                return
+        self.wish = before
 
 
 _scope: ContextVar[Wish | None] = ContextVar("heedful_scope", default=None)
+_entered: ContextVar[tuple[scope, ...]] = ContextVar("heedful_entered", default=())
 current_wish = _scope.get
 mirror = _Mirror()
 
 
-@contextmanager
-def scope(wish: Wish) -> Iterator[None]:
-    """Wish for a backend within a ``with`` block; restored on leaving it, by an exception too."""
-    token = _scope.set(wish)
-    inside_task = _in_asyncio_task()
-    before = mirror.wish
-    if inside_task:
-        mirror.in_coroutines.append(wish)
-    else:
-        mirror.wish = wish
-    try:
-        yield
-    finally:
-        _scope.reset(token)
-        if inside_task:
-            mirror.in_coroutines.remove(wish)
-        else:
-            mirror.wish = before
+def checkpoint_context() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The ``context_fn`` of ``torch.utils.checkpoint.checkpoint``: recompute in the scope of the forward pass.
+
+    Without it the recomputation, which runs during ``backward()`` and on GPUs in autograd's own threads, sees the scope
+    of that place and time: another backend than the forward pass had, or none. With ``use_reentrant=True`` torch takes
+    no ``context_fn``: there, enter ``attention_backend`` inside the checkpointed function.
+    """
+    return nullcontext(), scope(current_wish())
 
 
 def _in_asyncio_task() -> bool:

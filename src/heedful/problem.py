@@ -58,8 +58,9 @@ class AttentionProblem:
 
     @property
     def is_empty(self) -> bool:
-        """No output element, or no key to attend to: nothing is left to compute."""
-        return 0 in (self.batch, self.heads, self.query_length, self.key_length, self.value_dim)
+        """No element of an answer, or no key to attend to: nothing is left to compute."""
+        answer = self.needs_lse or self.value_dim > 0
+        return not answer or 0 in (self.batch, self.heads, self.query_length, self.key_length)
 
     @property
     def effective_scale(self) -> float:
@@ -197,6 +198,8 @@ def _broadcast(parts: list[Shape], leads: list[Shape]) -> Shape:
 
 def check_mask(mask: Mask | None, lead: Shape, query_length: int, key_length: int, layout: str) -> None:
     """Every tensor of a mask must fit (…, H, Q, K); raises InvalidArgument with the remedy."""
+    if layout == "THD" and (mask is None or mask.varlen is None):
+        raise InvalidArgument("attn_mask", "no Varlen", "layout='THD' needs attn_mask=Varlen(cu_seqlens_q, …)")
     if mask is None:
         return
     full = (*lead, query_length, key_length)
@@ -215,8 +218,6 @@ def check_mask(mask: Mask | None, lead: Shape, query_length: int, key_length: in
             "Varlen with causality or a window",
             "these would count from the pack's start; run per sequence",
         )
-    if layout == "THD" and mask.varlen is None:
-        raise InvalidArgument("attn_mask", "no Varlen", "layout='THD' needs attn_mask=Varlen(cu_seqlens_q, …)")
 
 
 def check_mask_shape(shape: Shape, full: Shape) -> None:
@@ -265,7 +266,7 @@ def _dtype_name(dtype: torch.dtype | None) -> str | None:
 
 
 def _dtype_named(name: str | None) -> torch.dtype | None:
-    dtype = getattr(torch, name) if name and name.isidentifier() else None
+    dtype = None if name is None else getattr(torch, name, None)
     if name is not None and not isinstance(dtype, torch.dtype):
         raise InvalidArgument("dtype", repr(name), "give a torch dtype's name, such as 'bfloat16'")
     return dtype

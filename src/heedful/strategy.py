@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from heedful.call import mask_of_call, problem_of_call
 from heedful.errors import Refused
-from heedful.masks import Mask
+from heedful.masks import Mask, of_rank_four, savable
 from heedful.problem import AttentionProblem
 
 Answer = Tensor | tuple[Tensor, Tensor]
@@ -45,8 +45,9 @@ class Refusal:
 class Limits:
     """What a kernel takes, as data. The defaults are the conservative ones, for a kernel that declares nothing.
 
-    ``architectures`` are prefixes that an AMD device must have one of (``gfx942``). ``masks`` are kinds of
-    ``MaskFacts.kinds``; ``mixed_masks``: several kinds at once. ``scale``: any scale, not only 1/sqrt(D).
+    Capabilities bound NVIDIA devices; ``architectures`` are prefixes that an AMD device must have one of (``gfx942``);
+    limits that name only one of the two are for that maker's devices only. ``masks`` are kinds of
+    ``MaskFacts.kinds``; ``mixed_masks``: several kinds at once. ``scale``: any positive one, not only 1/sqrt(D).
     ``empty_rows``: which of "output" and "lse" are right for a query that sees no key (zeros, -inf).
     ``bias_in_query_dtype``: a bias must have the dtype of the query.
     """
@@ -70,7 +71,6 @@ class Limits:
     gqa: bool = False
     scale: bool = False
     softcap: bool = False
-    sinks: bool = False
     dropout: bool = False
     lse: bool = False
     backward: bool = False
@@ -96,10 +96,14 @@ class Limits:
 
     def _machine(self, problem: AttentionProblem) -> Iterator[Refusal]:
         have = problem.capability
-        if have is None and problem.device == "cuda" and self.min_capability is not None:
+        for_nvidia = self.min_capability is not None or self.max_capability is not None
+        if have is None and problem.device == "cuda" and (for_nvidia or self.architectures):
             if not any(problem.architecture.startswith(known) for known in self.architectures):
                 wanted = "/".join(self.architectures) or "NVIDIA devices only"
                 yield Refusal("architecture", problem.architecture or "unknown", wanted, "use native")
+        elif have is not None and self.architectures and not for_nvidia:
+            wanted = f"AMD devices only: {'/'.join(self.architectures)}"
+            yield Refusal("architecture", problem.architecture or _dotted(have), wanted, "use native")
         elif have is not None and self.min_capability is not None and have < self.min_capability:
             yield Refusal("compute capability", _dotted(have), f"at least {_dotted(self.min_capability)}", "use native")
         elif have is not None and self.max_capability is not None and have > self.max_capability:
@@ -127,9 +131,10 @@ class Limits:
 
     def _mask(self, problem: AttentionProblem) -> Iterator[Refusal]:
         mask = problem.mask
+        remedy = "give it as a dense mask" if self.masks & {"dense", "bias"} else "use native or reference"
         for kind in mask.kinds:
             if kind not in self.masks:
-                yield Refusal("mask", kind, "/".join(sorted(self.masks)) or "no mask", "give it as a dense mask")
+                yield Refusal("mask", kind, "/".join(sorted(self.masks)) or "no mask", remedy)
         if len(mask.kinds) > 1 and not self.mixed_masks:
             yield Refusal("mask mix", " & ".join(mask.kinds), "one kind at a time", "join them into one dense mask")
         for alignment in {mask.causal, mask.window[2] if mask.window else None} - {None, *self.causal_alignments}:
@@ -143,11 +148,13 @@ class Limits:
             yield Refusal("empty rows", "possible", "rows that see a key", "set such rows to zero afterwards")
 
     def _features(self, problem: AttentionProblem) -> Iterator[Refusal]:
-        if problem.scale is not None and not self.scale:
-            yield Refusal("scale", f"{problem.scale:.4g}", "1/sqrt(head dim)", "multiply the query")
+        # Kernels mask with -inf, then multiply: causal is NaN with scale 0, and wrong below it (CPU flash, torch 2.13).
+        if problem.scale is not None and not (self.scale and problem.scale > 0):
+            wanted = "positive ones" if self.scale else "1/sqrt(head dim)"
+            yield Refusal("scale", f"{problem.scale:.4g}", wanted, "multiply the query")
         if problem.softcap is not None and not self.softcap:
             yield Refusal("softcap", str(problem.softcap), "none", "use flex or reference")
-        if problem.sinks and not self.sinks:
+        if problem.sinks:
             yield Refusal("sinks", "given", "none", "no backend of this version computes attention sinks")
         if problem.dropout_p > 0 and not self.dropout:
             yield Refusal("dropout_p", str(problem.dropout_p), "0.0", "use native or native_math")
@@ -188,16 +195,18 @@ class AttentionStrategy(ABC):
     def compute_attention(self, *args: Any, **kwargs: Any) -> Answer:
         """``compute_attention(query, key, value, **kwargs)``: (B, H, Q, D), (B, N, K, D), (B, N, K, E) to (B, H, Q, E).
 
-        ``kwargs`` are those of: attn_mask (bool, or float to be added; broadcastable to (B, H, Q, K)), attn_bias
-        (float, beside a bool attn_mask), is_causal, causal_alignment ("bottom_right"), window (left, right), window_alignment
-        ("bottom_right"), key_padding (bool (B, K)), varlen (a Varlen), block_mask, dropout_p, scale, enable_gqa,
-        softcap, sinks, options by their names, and return_lse, with which it returns (out, lse), lse float32 (B, H, Q).
+        ``kwargs`` are those of: attn_mask (bool, or float to be added; four dimensions that broadcast to (B, H, Q, K)),
+        attn_bias (float, beside a bool attn_mask), is_causal, causal_alignment ("bottom_right"), window (left, right),
+        window_alignment ("bottom_right"), key_padding (bool (B, K)), varlen (a Varlen), block_mask, dropout_p, scale,
+        enable_gqa, softcap, options by their names, and return_lse, with which it returns (out, lse): lse is
+        float32 (B, H, Q).
         """
 
     def limits_for(self, device: str) -> Limits:
-        """The limits that speak about a type of device, else the first."""
+        """The limits that speak about a type of device; where none do, some that name every type with limits."""
         every = self.limits if isinstance(self.limits, tuple) else (self.limits,)
-        return next((limits for limits in every if limits.covers(device)), every[0])
+        known = next((limits for limits in every if limits.covers(device)), None)
+        return known or replace(every[0], devices=tuple(name for limits in every for name in limits.devices))
 
     def refusals(self, problem: AttentionProblem) -> tuple[Refusal, ...]:
         """Why this strategy cannot compute the problem; empty when it can. Pure. Extend it for rules of your own."""
@@ -211,6 +220,8 @@ class AttentionStrategy(ABC):
         """
         problem = problem_of_call(**kwargs)
         found = self.refusals(problem)
+        if problem.is_empty:  # torch's CPU flash ends the process with an arithmetic exception (2.13)
+            found = (*found, Refusal("sizes", "zero", "at least one of each", "heedful.attention needs no kernel"))
         if found:
             raise Refused(problem, {self.name or type(self).__name__: found})
 
@@ -220,6 +231,7 @@ class AttentionStrategy(ABC):
         problem = problem_of_call(query=query, key=key, value=value, **kwargs)
         words = ("attn_mask", "is_causal", "causal_alignment", "window")
         mask = mask_of_call(**{name: kwargs[name] for name in words if name in kwargs})
+        mask = savable(mask) if problem.needs_grad else mask
         return self.compute_attention(query, key, value, **static_arguments(problem), **mask_arguments(mask))
 
     @classmethod
@@ -230,8 +242,8 @@ class AttentionStrategy(ABC):
     @classmethod
     def describe(cls) -> str:
         """The first line of the module's or the class's docstring, for tables."""
-        text = inspect.getdoc(cls) if cls.__doc__ else inspect.getdoc(inspect.getmodule(cls))
-        return (text or "").strip().partition("\n")[0]
+        text = cls.__doc__ or getattr(inspect.getmodule(cls), "__doc__", None) or ""
+        return text.strip().partition("\n")[0]
 
 
 def static_arguments(problem: AttentionProblem) -> dict[str, Any]:
@@ -260,9 +272,9 @@ def mask_arguments(mask: Mask | None) -> dict[str, Any]:
         return {}
     arguments: dict[str, Any] = {}
     if mask.dense is not None:
-        arguments["attn_mask"] = mask.dense
+        arguments["attn_mask"] = of_rank_four(mask.dense)
     if mask.bias is not None:
-        arguments["attn_mask" if mask.dense is None else "attn_bias"] = mask.bias
+        arguments["attn_mask" if mask.dense is None else "attn_bias"] = of_rank_four(mask.bias)
     if mask.padding is not None:
         arguments["key_padding"] = mask.padding
     if mask.varlen is not None:
@@ -273,6 +285,14 @@ def mask_arguments(mask: Mask | None) -> dict[str, Any]:
 
 
 Compute = Callable[..., Answer]
+
+
+def unit_strides(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same tensors, copied where neighbouring features are not neighbours in memory.
+
+    Torch's operators read such tensors as if they were (2.13: CPU flash gives noise); SDPA checks before it calls them.
+    """
+    return tuple(t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format) for t in tensors)
 
 
 def _dotted(capability: tuple[int, int]) -> str:

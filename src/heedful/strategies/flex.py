@@ -113,13 +113,15 @@ def _eager(
     from torch._higher_order_ops.flex_attention import flex_attention as operator
     from torch.nn.attention import flex_attention as flex
 
+    if torch._C._functorch.maybe_current_level() is not None:  # the operator's own error there is a bare KeyError
+        raise NotImplementedError("flex: torch.func transforms do not pass through it; use native_math or reference")
     query, key, value = query.detach(), key.detach(), value.detach()  # it refuses inputs that could want a gradient
     block = list(flex._create_empty_block_mask(query, key).as_tuple())
     if conditions:
         block[-1] = flex.and_masks(*conditions)
     options = {"BACKEND": "AUTO", "OUTPUT_LOGSUMEXP": return_lse, "OUTPUT_MAX": False, **(kernel_options or {})}
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    out, lse, _ = operator(query, key, value, score or flex._identity, tuple(block), scale, options)
+    out, lse = operator(query, key, value, score or flex._identity, tuple(block), scale, options)[:2]
     return (out, (lse * math.log(2.0)).float()) if return_lse else out
 
 
@@ -149,10 +151,22 @@ def _compiled(
         block_mask=block_mask,
         scale=scale,
         enable_gqa=enable_gqa,
-        return_aux=flex.AuxRequest(lse=True) if return_lse else None,
         kernel_options=kernel_options,
+        **_ask_for_lse(return_lse),
     )
-    return (answer[0], answer[1].lse.float()) if return_lse else answer
+    if not return_lse:
+        return answer  # type: ignore[no-any-return]
+    out, extra = answer
+    return out, getattr(extra, "lse", extra).float()
+
+
+def _ask_for_lse(wanted: bool) -> dict[str, Any]:
+    """``return_lse`` until torch 2.8; from 2.9 on it warns, and ``return_aux`` takes its place."""
+    from torch.nn.attention import flex_attention as flex
+
+    if not wanted:
+        return {}
+    return {"return_aux": flex.AuxRequest(lse=True)} if hasattr(flex, "AuxRequest") else {"return_lse": True}
 
 
 @functools.lru_cache(maxsize=1)

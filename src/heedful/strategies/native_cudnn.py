@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from heedful.problem import AttentionProblem
-from heedful.strategy import HALF, AttentionStrategy, Limits, Refusal
+from heedful.strategy import HALF, AttentionStrategy, Limits, Refusal, unit_strides
 
 _UP_TO_128 = Limits(
     devices=("cuda",),
@@ -57,6 +57,7 @@ class NativeCudnnAttentionStrategy(AttentionStrategy):
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See the base class."""
+        query, key, value = unit_strides(query, key, value)
         if attn_mask is not None:
             attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[-2], key.shape[-2])
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))

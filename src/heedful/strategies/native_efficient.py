@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from heedful.strategy import AttentionStrategy, Limits
+from heedful.strategy import AttentionStrategy, Limits, unit_strides
 
 _ALIGNED = 16  # elements: SDPA pads the bias to this for the kernel's vector loads
 
@@ -49,6 +49,7 @@ class NativeEfficientAttentionStrategy(AttentionStrategy):
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See the base class."""
+        query, key, value = unit_strides(query, key, value)
         bias = None if attn_mask is None else aligned_bias(attn_mask, query, key)
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention

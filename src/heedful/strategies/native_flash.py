@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.strategy import FLOATS, HALF, AttentionStrategy, Limits
+from heedful.strategy import FLOATS, HALF, AttentionStrategy, Limits, unit_strides
 
 
 class NativeFlashAttentionStrategy(AttentionStrategy):
@@ -62,6 +62,7 @@ class NativeFlashAttentionStrategy(AttentionStrategy):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See the base class."""
         aten = torch.ops.aten
+        query, key, value = unit_strides(query, key, value)
         if query.device.type == "cpu":
             out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale

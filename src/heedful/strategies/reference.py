@@ -83,7 +83,7 @@ class ReferenceAttentionStrategy(AttentionStrategy):
         scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
         rows = _rows_per_block(query, key)
         blocks = []
-        for start in range(0, query.shape[-2], rows):
+        for start in range(0, query.shape[-2], rows) if rows != query.shape[-2] else (0,):  # no length when traced
             block = slice(start, start + rows)
             part = query[..., block, :].to(exact) * scale
             limits = (_rows(seen, block), _rows(bias, block))

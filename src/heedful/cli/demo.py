@@ -1,0 +1,216 @@
+"""``heedful demo``: pictures by a real diffusion model, under every backend that this machine can run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import heedful
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from heedful.demo.compare import Draw, Drawn
+
+_NEEDS = {"diffusers": "diffusers", "sklearn": "scikit-learn", "PIL": "Pillow"}
+
+
+@dataclass(frozen=True)
+class _Show:
+    """What is drawn: with which pipeline, how, and how the pictures are arranged and judged."""
+
+    pipeline: Any
+    draw: Draw
+    judge: str
+    columns: int
+    scale: int
+    figures: Callable[[np.ndarray], dict[str, Any]]
+
+
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="A folder, or the id of a cached Hub model, instead of the digits.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw with --model; may be repeated.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Commit of the Hub model: allows it to be downloaded, pinned to that.")
+    ] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="Only these backends; may be repeated.")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Whose pictures all are compared with: reference, or native_math with --model.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Denoising steps.")] = 25,
+    seed: Annotated[int, typer.Option(help="Of the noise, the same for every backend.")] = 0,
+    each: Annotated[int, typer.Option(min=1, help="Pictures of each digit.")] = 10,
+    device: Annotated[str | None, typer.Option(help="Torch device. The GPU if there is one.")] = None,
+    out: Annotated[Path, typer.Option(help="The picture of all grids side by side.")] = Path("heedful-demo.png"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Draw the same pictures under every backend, and print which kernel ran, how fast, and how far apart they are."""
+    _check_installed()
+    _check_out(out)
+    for name in (*(backend or []), *([judge] if judge else [])):
+        if name != "auto":
+            heedful.AttentionStrategyFactory.resolve(name)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if model is None:
+        if prompt or revision:
+            raise typer.BadParameter("--prompt and --revision go with --model; the digits need neither")
+        show = _digits(each, steps, seed, place)
+    else:
+        show = _users_model(model, prompt or [], revision, steps, seed, place)
+    from heedful.demo.compare import compare, runnable_backends
+
+    names, refused = runnable_backends()
+    names = backend or names
+    judge = judge or show.judge
+    with _progress() as progress:
+        bar = progress.add_task("drawing", total=steps * len({*names, judge}))
+        drawn = compare(
+            show.pipeline,
+            show.draw,
+            names,
+            judge,
+            lambda name: progress.update(bar, advance=1, description=f"drawing with {name}"),
+        )
+    result = _result(drawn, refused if backend is None else {}, show, judge, out)
+    print(json.dumps(result, indent=2)) if as_json else _print(result)
+
+
+def _check_installed() -> None:
+    missing = [name for module, name in _NEEDS.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise typer.BadParameter(f"heedful demo needs {', '.join(missing)}: pip install 'heedful[demo]'")
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir() or not out.parent.is_dir():
+        raise typer.BadParameter(f"--out: {out} is no file in a folder that exists", param_hint="--out")
+
+
+def _digits(each: int, steps: int, seed: int, device: str) -> _Show:
+    import numpy as np
+
+    from heedful.demo.digits import NAMES, load_pipeline, recogniser
+
+    pipeline = load_pipeline().to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    names = [name for name in NAMES for _ in range(each)]
+    recognise, held_out = recogniser()
+
+    def draw(tick: Callable[[], None]) -> np.ndarray:
+        return np.asarray(pipeline(names, seed=seed, steps=steps, on_step=tick).numpy())
+
+    def figures(pictures: np.ndarray) -> dict[str, Any]:
+        right = recognise(torch.from_numpy(pictures)) == np.repeat(np.arange(len(NAMES)), each)
+        return {"recognised": float(right.mean()), "pictures": len(names), "recogniser_on_held_out_real": held_out}
+
+    return _Show(pipeline, draw, "reference", columns=each, scale=max(2, 320 // (9 * each)), figures=figures)
+
+
+def _users_model(model: str, prompts: list[str], revision: str | None, steps: int, seed: int, device: str) -> _Show:
+    import numpy as np
+    from diffusers import DiffusionPipeline
+
+    if not prompts:
+        raise typer.BadParameter("--model needs at least one --prompt")
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            model, revision=revision, local_files_only=revision is None, use_safetensors=True, **{_dtype_word(): dtype}
+        ).to(device)
+    except OSError as error:
+        remedy = (
+            ""
+            if revision
+            else f"; a model that is not cached is downloaded only when pinned: --revision COMMIT ({model})"
+        )
+        raise typer.BadParameter(f"--model: {error}{remedy}") from error
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw(tick: Callable[[], None]) -> np.ndarray:
+        def after_step(_pipeline: Any, _step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
+            tick()
+            return values
+
+        noise = [torch.Generator("cpu").manual_seed(seed + index) for index in range(len(prompts))]
+        answer = pipeline(
+            prompts,
+            num_inference_steps=steps,
+            generator=noise,
+            output_type="np",
+            callback_on_step_end=after_step,
+        )
+        return np.asarray(answer.images)
+
+    return _Show(pipeline, draw, "native_math", columns=len(prompts), scale=1, figures=lambda _pictures: {})
+
+
+def _dtype_word() -> str:
+    """diffusers renamed ``torch_dtype`` and warns of the old name; retired with the last version that lacks the new."""
+    from diffusers.utils import deprecation_utils
+
+    return "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _result(drawn: list[Drawn], refused: dict[str, str], show: _Show, judge: str, out: Path) -> dict[str, Any]:
+    """All figures as JSON data; writes the picture."""
+    from heedful.demo.picture import grid, save, side_by_side
+
+    rows = [{**each.row(), **(show.figures(each.pictures) if each.pictures is not None else {})} for each in drawn]
+    sheets = [
+        (each.backend, _small_print(each), grid(each.pictures, show.columns, show.scale))
+        for each in drawn
+        if each.pictures is not None
+    ]
+    save(side_by_side(sheets), out)
+    return {
+        "judge": judge,
+        "backends": rows,
+        "cannot_run_here": refused,
+        "picture": str(out),
+        "versions": {"heedful": heedful.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def _small_print(drawn: Drawn) -> str:
+    speed = "" if drawn.seconds_per_step is None else f"{drawn.seconds_per_step * 1000:.1f} ms a step"
+    return f"{speed}, largest difference {drawn.difference:.1e}"
+
+
+def _print(result: dict[str, Any]) -> None:
+    table = Table(title=f"the same pictures by every backend (judge: {result['judge']})", title_justify="left")
+    for column in ("backend", "ran", "layers", "time per step", "largest difference", "recognised"):
+        table.add_column(column, justify="left" if column in ("backend", "ran") else "right")
+    for row in result["backends"]:
+        if row["refused"]:
+            table.add_row(row["backend"], f"refused: {row['refused']}")
+            continue
+        speed = "" if row["seconds_per_step"] is None else f"{row['seconds_per_step'] * 1000:.2f} ms"
+        seen = f"{row['recognised']:.0%} of {row['pictures']}" if "recognised" in row else ""
+        difference = f"{row['largest_difference']:.1e}"
+        table.add_row(row["backend"], ", ".join(row["kernels"]), row["coverage"], speed, difference, seen)
+    console = Console()
+    console.print(table)
+    held_out = next((row["recogniser_on_held_out_real"] for row in result["backends"] if "recognised" in row), None)
+    if held_out is not None:
+        console.print(f"recognised by a classifier that is right on {held_out:.1%} of real digits it has not seen")
+    for name, reason in result["cannot_run_here"].items():
+        console.print(f"[dim]{name} cannot run here: {reason}[/dim]", highlight=False)
+    console.print(f"picture: {result['picture']}")

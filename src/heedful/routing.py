@@ -1,0 +1,213 @@
+"""One layer's attention calls sent to heedful: what happens inside a routed module, and how it is undone.
+
+A route is the module's ``forward``. It runs the forward that was there before, under a torch function mode that sees
+every ``scaled_dot_product_attention`` of this thread. The mode is shared and reads which route is running from a
+thread-local, so the innermost route decides and other threads see nothing. SDPA calls made while heedful computes
+(its strategies' own) are left alone.
+
+A route is a plain object that refers to its module, so copies and pickles of a routed model are routed themselves.
+``nn.DataParallel`` and ``copy.copy`` share the route of the original, as they share any ``forward`` of an instance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from heedful.dispatch import attention, explain
+from heedful.factory import AttentionStrategyFactory
+from heedful.layers import Patch
+from heedful.policy import Wish, mirror, scope
+from heedful.report import wish_text
+
+_compiling = torch.compiler.is_compiling
+_sdpa = torch.nn.functional.scaled_dot_product_attention
+_unflatten = Tensor.unflatten
+_registry = AttentionStrategyFactory.default()
+_MOST_KINDS = 4096
+_KEY = "_heedful_route"  # in the module's __dict__: a wrapper put over ``forward`` later would hide the route
+
+
+@dataclass(frozen=True)
+class Order:
+    """What was ordered for one layer. ``wish`` None leaves it alone; ``obstacle`` says why it cannot be routed."""
+
+    path: str
+    component: str
+    wish: Wish | None
+    origin: str
+    obstacle: str = ""
+
+    @property
+    def routed(self) -> bool:
+        """Whether the layer's calls go to heedful."""
+        return self.wish is not None and not self.obstacle
+
+
+class Route:
+    """A layer's order, carried out. ``patches`` are attributes that an integration wants held meanwhile.
+
+    A layer that is kept while a module around it is routed (``shielded``) runs as if outside of any route.
+    """
+
+    def __init__(
+        self, module: nn.Module, order: Order, patches: Sequence[Patch] = (), *, shielded: bool = False
+    ) -> None:
+        self.module, self.order = module, order
+        self.wish = order.wish
+        self.scope = scope(order.wish)
+        self.inner: Callable[..., Any] = module.forward
+        self.enabled = False
+        self.compiled = False
+        self.forwards = 0
+        self.ran: dict[str, int] = {}
+        own = (*patches, Patch(module, "forward", self)) if order.routed or shielded else ()
+        self.patches = (*own, Patch(module, _KEY, self))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickled bound method is looked up by its name, which would find the route itself."""
+        own = isinstance(self.inner, MethodType) and self.inner.__func__ is type(self.module).forward
+        return {name: value for name, value in vars(self).items() if not (own and name == "inner")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if "inner" not in state:
+            self.inner = MethodType(type(self.module).forward, self.module)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The forward that was there before; ``inspect.signature`` reads it."""
+        return self.inner
+
+    def apply(self) -> None:
+        """Install it. It holds from the module's next call on."""
+        for patch in self.patches:
+            patch.apply()
+        self.enabled = True
+
+    def undo(self) -> None:
+        """Remove it. Where a wrapper was put over it since (by an offloading hook), it passes calls through."""
+        self.enabled = False
+        for patch in reversed(self.patches):
+            patch.undo()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward."""
+        if not self.enabled:
+            return self.inner(*args, **kwargs)
+        before = mirror.route
+        mirror.route = None if self.wish is None else self
+        try:
+            if self.wish is None:
+                return self.inner(*args, **kwargs)
+            if _compiling():
+                return self._traced(args, kwargs)
+            self.forwards += 1
+            with self.scope:
+                if before is not None:  # the mode is on already
+                    return self.inner(*args, **kwargs)
+                with _redirect:
+                    return self.inner(*args, **kwargs)
+        finally:
+            mirror.route = before
+
+    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``__call__`` as dynamo traces it: a ContextVar it cannot trace, its mirror it can."""
+        self.compiled = True
+        before, mirror.wish = mirror.wish, self.wish
+        try:
+            with _redirect:
+                return self.inner(*args, **kwargs)
+        finally:
+            mirror.wish = before
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        """SDPA, as the layer meant it, by the route's backend."""
+        mirror.route = None
+        try:
+            out = attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=self.wish
+            )  # fmt: skip
+            if not _compiling():
+                name = _ran(self.wish, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+                self.ran[name] = self.ran.get(name, 0) + 1
+        finally:
+            mirror.route = self
+        return out
+
+    def aside(self, wish: Wish, run: Callable[..., Any], *operands: Any) -> Any:
+        """A call of ``heedful.attention`` by the layer itself: the backend's own SDPA calls are not the layer's."""
+        mirror.route = None
+        try:
+            out = run(*operands)
+        finally:
+            mirror.route = self
+        name = wish if isinstance(wish, str) and wish != "auto" else f"{wish_text(wish)}?"
+        self.ran[name] = self.ran.get(name, 0) + 1
+        return out
+
+
+class _Redirect(TorchFunctionMode):
+    """Sends SDPA to the running route; all else goes on as it is. Stateless: threads share it."""
+
+    def __torch_function__(
+        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is _sdpa and mirror.route is not None:
+            return mirror.route.attend(*args, **(kwargs or {}))
+        if func is _unflatten:  # dynamo traces it as a method only, until at least torch 2.13
+            return args[0].unflatten(*args[1:], **(kwargs or {}))
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+_redirect = _Redirect()
+_names: dict[Any, str] = {}
+
+
+def route_of(module: nn.Module) -> Route | None:
+    """The route that a module has, if any."""
+    return vars(module).get(_KEY)
+
+
+def _ran(wish: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *rest: Any) -> str:
+    """The backend that a call just made was computed by: asked of the dispatcher once for every kind of call.
+
+    A trailing "?" marks a strategy that checks every call itself and, not being forced, may have passed this one on.
+    """
+    mask = None if attn_mask is None else (attn_mask.dtype, attn_mask.shape, attn_mask.requires_grad)
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    kind = (
+        wish, _registry.epoch, query.shape, key.shape, value.shape, query.dtype, query.device, mask, rest, needs_grad,
+        torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(),
+        torch._C._is_any_autocast_enabled() and torch.get_autocast_dtype(query.device.type),
+    )  # fmt: skip
+    name = _names.get(kind)
+    if name is None:
+        dropout_p, is_causal, scale, enable_gqa = rest
+        plan = explain(
+            query, key, value, attn_mask,
+            dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, backend=wish,
+        )  # fmt: skip
+        name = plan.backend
+        own = plan.chosen is not None and _registry.create_strategy(name).has_own_validation()
+        name = f"{name}?" if own and plan.wish != name else name
+        if len(_names) >= _MOST_KINDS:
+            _names.clear()
+        _names[kind] = name
+    return name

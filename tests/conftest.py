@@ -1,0 +1,78 @@
+"""Fixtures that several test files share: test files cannot import each other."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from heedful import AttentionDispatcher, AttentionStrategyFactory, Policy
+
+SOURCES = Path(__file__).parent.parent / "src"
+
+
+def _naive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    seen: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Out and LSE in float64, straight from the formula, of (…, H, length, dim); heads may be grouped."""
+    query, key, value = (tensor.double() for tensor in (query, key, value))
+    if query.dim() > 2:
+        heads = max(query.shape[-3], key.shape[-3])
+        key, value = (tensor.repeat_interleave(heads // tensor.shape[-3], dim=-3) for tensor in (key, value))
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.double()
+    if seen is not None:
+        scores = torch.where(seen, scores, -math.inf)
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0))
+    total = weights.sum(-1, keepdim=True)
+    return torch.where(total > 0, weights / total, 0.0) @ value, torch.logsumexp(scores, -1)
+
+
+@pytest.fixture(scope="session")
+def naive_attention() -> Callable[..., tuple[Tensor, Tensor]]:
+    """The formula in float64; shares no code with the library."""
+    return _naive_attention
+
+
+@pytest.fixture
+def factory() -> AttentionStrategyFactory:
+    """A registry of its own, with heedful's strategies and no plug-ins."""
+    return AttentionStrategyFactory(plugins=False)
+
+
+@pytest.fixture
+def dispatcher(factory: AttentionStrategyFactory) -> AttentionDispatcher:
+    """A dispatcher of its own, deaf to the environment."""
+    return AttentionDispatcher(factory, policy=Policy())
+
+
+@pytest.fixture(scope="session")
+def fresh_python() -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """Run a script in a new interpreter with this checkout's heedful: ``fresh_python(text, *paths, NAME="value")``.
+
+    The paths come before all others on ``sys.path``; the keywords are set in its environment.
+    """
+
+    def run(script: str, *paths: Path, **environ: str) -> "subprocess.CompletedProcess[str]":
+        inherited = {name: text for name, text in os.environ.items() if not name.startswith("HEEDFUL_")}
+        found = {"PYTHONPATH": os.pathsep.join(map(str, [*paths, SOURCES])), **environ}
+        return subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env={**inherited, **found}
+        )
+
+    return run

@@ -1,0 +1,359 @@
+"""Tiny pipelines from configs: Stable Diffusion (processors that call SDPA) and Flux (diffusers' own dispatcher)."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKLWan,
+    FluxPipeline,
+    StableDiffusionPipeline,
+    attention_backend,
+)
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock
+from diffusers.models.autoencoders.autoencoder_mmaudio import MMAudioAttnProcessor
+from diffusers.models.transformers.transformer_anyflow_far import AnyFlowCausalAttnProcessor
+from diffusers.models.transformers.transformer_flux import FluxAttention
+from tiny_models import flux, flux_pipeline, sd_pipeline, text_encoder, unet
+from torch import Tensor, nn
+
+import heedful
+from heedful.demo.digits import encode, load_pipeline
+
+COUNTING = "counting"
+UNET_LAYERS = 8
+FLUX_LAYERS = 3
+
+
+class Counting(heedful.AttentionStrategy):
+    """SDPA that counts its calls."""
+
+    calls = 0
+    limits = heedful.Limits(backward=True, compile=True, masks=frozenset({"causal", "dense", "bias"}), scale=True)
+
+    def compute_attention(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        Counting.calls += 1
+        return F.scaled_dot_product_attention(query, key, value, **kwargs)
+
+
+class HalfOnly(Counting):
+    limits = heedful.Limits(dtypes=(torch.float16,))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These models are so small that threads wait for each other only."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def strategies() -> Iterator[None]:
+    Counting.calls = 0
+    factory = heedful.AttentionStrategyFactory
+    factory.register_strategy(COUNTING, Counting)
+    factory.register_strategy("half_only", HalfOnly)
+    yield
+    factory.unregister_strategy(COUNTING)
+    factory.unregister_strategy("half_only")
+
+
+@pytest.fixture(autouse=True)
+def diffusers_own_backend_is_left_alone() -> Iterator[None]:
+    before = _AttentionBackendRegistry._active_backend
+    yield
+    assert _AttentionBackendRegistry._active_backend is before
+
+
+@pytest.fixture(params=[sd_pipeline, flux_pipeline], ids=["sd", "flux"])
+def pipeline(request: pytest.FixtureRequest) -> Any:
+    pipeline = request.param()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def picture(pipeline: Any) -> Tensor:
+    more = {"max_sequence_length": 8} if isinstance(pipeline, FluxPipeline) else {"guidance_scale": 1.0}
+    seed = torch.Generator().manual_seed(0)
+    images = pipeline("a b", num_inference_steps=1, generator=seed, output_type="pt", height=16, width=16, **more)
+    return images.images
+
+
+def unet_inputs(grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    seed = torch.Generator().manual_seed(1)
+    sample = torch.randn(2, 4, 8, 8, generator=seed).requires_grad_(grad)
+    return sample, torch.tensor(3), torch.randn(2, 5, 16, generator=seed)
+
+
+def flux_inputs() -> dict[str, Tensor]:
+    seed = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(1, 4, 16, generator=seed),
+        "encoder_hidden_states": torch.randn(1, 3, 16, generator=seed),
+        "pooled_projections": torch.randn(1, 16, generator=seed),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.zeros(4, 3),
+        "txt_ids": torch.zeros(3, 3),
+    }
+
+
+def run_unet(model: Any) -> Tensor:
+    return model(*unet_inputs()).sample
+
+
+def run_flux(model: Any) -> Tensor:
+    return model(**flux_inputs()).sample
+
+
+MODELS = pytest.mark.parametrize(
+    ("build", "run", "layers"),
+    [(unet, run_unet, UNET_LAYERS), (flux, run_flux, FLUX_LAYERS)],
+    ids=["unet", "flux"],
+)
+
+
+def state(model: nn.Module) -> list[dict[str, Any]]:
+    """Every instance's attributes, and those of the processors, by identity."""
+    processors = [module.processor for module in model.modules() if hasattr(module, "processor")]
+    return [{name: id(value) for name, value in vars(one).items()} for one in (*model.modules(), *processors)]
+
+
+@torch.no_grad()
+def test_a_pipeline_is_covered_whole_and_reset_to_the_bit(pipeline: Any) -> None:
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    want = picture(pipeline)
+    before = [state(part) for part in parts]
+    report = heedful.set_attention_backend(pipeline, COUNTING)
+    assert report.covered == report.total
+    assert {layer.component for layer in report} == {
+        name for name, part in pipeline.components.items() if isinstance(part, nn.Module)
+    }
+    assert torch.equal(picture(pipeline), want)
+    ran = heedful.attention_report(pipeline)
+    asleep = [layer.path for layer in ran if not layer.calls]
+    assert asleep == ["vae.encoder.mid_block.attentions.0"]  # text to image does not encode
+    assert {layer.calls for layer in ran} == {0, 1}
+    assert Counting.calls == ran.covered - 1
+    assert str(ran).splitlines()[-1] == f"covered {ran.total} of {ran.total}"
+    assert heedful.reset_attention_backend(pipeline) == ran.total
+    assert [state(part) for part in parts] == before
+    assert torch.equal(picture(pipeline), want)
+
+
+@torch.no_grad()
+def test_rules_reach_components_and_layers(pipeline: Any) -> None:
+    first = "unet" if isinstance(pipeline, StableDiffusionPipeline) else "transformer"
+    report = heedful.set_attention_backend(pipeline, "native", {f"{first}.*": COUNTING, "vae*": "keep"})
+    picture(pipeline)
+    assert Counting.calls == sum(layer.component == first for layer in report)
+    assert [layer.active for layer in report if layer.component == "vae"] == ["its own", "its own"]
+    assert report.covered == report.total - 2
+    assert "forward" not in vars(pipeline.vae.decoder.mid_block.attentions[0])
+    heedful.set_attention_backend(pipeline, COUNTING)
+    heedful.reset_attention_backend(pipeline.text_encoder)
+    assert "forward" not in vars(pipeline.text_encoder.encoder.layers[0].self_attn)
+    Counting.calls = 0
+    picture(pipeline)
+    assert Counting.calls == report.total - 1 - 2
+
+
+@torch.no_grad()
+@MODELS
+def test_every_available_exact_backend_gives_the_same_result(build: Any, run: Any, layers: int) -> None:
+    model = build()
+    want = run(model)
+    exact = [row.name for row in heedful.list_backends("cpu") if row.available and row.exactness == "exact"]
+    assert {"native", "native_math", "reference"} <= set(exact)
+    for name in exact:
+        heedful.set_attention_backend(model, [name, "native"])
+        torch.testing.assert_close(run(model), want, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@MODELS
+def test_a_refusal_comes_out_of_the_model_with_its_reasons(build: Any, run: Any, layers: int) -> None:
+    model = build()
+    heedful.set_attention_backend(model, "half_only")
+    with pytest.raises(heedful.Refused, match="half_only refuses: dtype"):
+        run(model)
+    heedful.reset_attention_backend(model)
+    run(model)
+
+
+@torch.no_grad()
+@MODELS
+def test_another_model_and_another_thread_are_left_alone(build: Any, run: Any, layers: int) -> None:
+    ours, other = build(), build()
+    before, want, done = state(other), run(other), []
+    heedful.set_attention_backend(ours, COUNTING)
+
+    def elsewhere() -> None:
+        with torch.no_grad():
+            done.append(run(other))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    run(ours)
+    thread.join()
+    assert torch.equal(done[0], want)
+    assert torch.equal(run(other), want)
+    assert (state(other), Counting.calls) == (before, layers)
+
+
+@torch.no_grad()
+@MODELS
+def test_a_copied_and_a_saved_model_are_routed_by_themselves(build: Any, run: Any, layers: int) -> None:
+    model = build()
+    want = run(model)
+    heedful.set_attention_backend(model, COUNTING)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        Counting.calls = 0
+        assert torch.equal(run(twin), want)
+        assert Counting.calls == layers
+        heedful.reset_attention_backend(twin)
+        run(twin)
+        assert Counting.calls == layers
+    run(model)
+    assert Counting.calls == 2 * layers
+
+
+@torch.no_grad()
+def test_a_processor_that_two_models_share_is_pinned_for_one_of_them_only() -> None:
+    ours, other = flux(), flux()
+    ours.transformer_blocks[0].attn.processor = shared = other.transformer_blocks[0].attn.processor
+    heedful.set_attention_backend(ours, COUNTING)
+    with attention_backend("_native_math"):
+        run_flux(ours)
+        assert ours.transformer_blocks[0].attn.processor._attention_backend is AttentionBackendName.NATIVE
+        assert other.transformer_blocks[0].attn.processor._attention_backend is None
+    assert Counting.calls == FLUX_LAYERS
+    heedful.reset_attention_backend(ours)
+    assert ours.transformer_blocks[0].attn.processor is shared
+
+
+@torch.no_grad()
+def test_a_backend_that_diffusers_was_given_is_put_back() -> None:
+    model = flux()
+    for layer in model.modules():
+        if isinstance(layer, FluxAttention):
+            layer.set_attention_backend("_native_math")
+    before = state(model)
+    heedful.set_attention_backend(model, COUNTING)
+    run_flux(model)
+    assert Counting.calls == FLUX_LAYERS
+    heedful.reset_attention_backend(model)
+    assert state(model) == before
+    assert model.transformer_blocks[0].attn.processor._attention_backend is AttentionBackendName("_native_math")
+
+
+@torch.no_grad()
+def test_processors_replaced_while_routed_stay_when_reset() -> None:
+    model = unet()
+    heedful.set_attention_backend(model, COUNTING)
+    model.set_attn_processor(new := AttnProcessor2_0())
+    run_unet(model)
+    assert Counting.calls == UNET_LAYERS
+    heedful.reset_attention_backend(model)
+    assert all(processor is new for processor in model.attn_processors.values())
+
+
+def test_what_cannot_be_reached_is_reported_with_the_reason() -> None:
+    model = unet()
+    model.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(AttnProcessor())
+    report = heedful.set_attention_backend(model, COUNTING)
+    (row,) = (layer for layer in report if not layer.covered)
+    assert row.path == "mid_block.attentions.0.transformer_blocks.0.attn1"
+    assert (row.requested, row.active) == (COUNTING, "its own")
+    assert "AttnProcessor calls neither SDPA nor diffusers' dispatcher" in row.reason
+    assert str(report).endswith(f"covered {UNET_LAYERS - 1} of {UNET_LAYERS}")
+    text = text_encoder()
+    text.set_attn_implementation("eager")
+    with pytest.raises(heedful.NothingCovered, match=r"'eager'.*set_attn_implementation"):
+        heedful.set_attention_backend(text, COUNTING)
+
+
+@pytest.mark.parametrize(
+    ("processor", "text"),
+    [
+        (MMAudioAttnProcessor, "obeys diffusers' process-wide backend only"),
+        (AnyFlowCausalAttnProcessor, "'flex' kernel"),
+    ],
+)
+def test_processors_that_do_not_let_themselves_be_pinned(processor: Any, text: str) -> None:
+    model = flux()
+    model.transformer_blocks[0].attn.processor = object.__new__(processor)
+    with attention_backend("_native_math"):
+        report = heedful.set_attention_backend(model, COUNTING)
+    assert (report.covered, report.total) == (FLUX_LAYERS - 1, FLUX_LAYERS)
+    assert text in report["transformer_blocks.0.attn"].reason
+
+
+@torch.no_grad()
+def test_a_module_without_processor_that_calls_sdpa_is_a_layer() -> None:
+    model = nn.Sequential(WanAttentionBlock(8))
+    want = model(start := torch.randn(1, 8, 1, 4, 4))
+    assert heedful.set_attention_backend(model, COUNTING)["0"].module == "WanAttentionBlock"
+    assert torch.equal(model(start), want)
+    assert Counting.calls == 1
+    small = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
+    report = heedful.set_attention_backend(AutoencoderKLWan(**small), COUNTING)
+    assert [layer.path for layer in report] == ["encoder.mid_block.attentions.0", "decoder.mid_block.attentions.0"]
+
+
+@torch.no_grad()
+def test_a_key_padding_mask_goes_through() -> None:
+    model = load_pipeline().unet
+    features, mask = encode(["one", "three"])
+    want = model(sample := torch.randn(2, 1, 8, 8), 5, features, encoder_attention_mask=mask).sample
+    report = heedful.set_attention_backend(model, COUNTING, rules={"*.attn2": "reference"})
+    out = model(sample, 5, features, encoder_attention_mask=mask).sample
+    torch.testing.assert_close(out, want, atol=1e-4, rtol=0)
+    assert Counting.calls == report.total // 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_are_equal_under_gradient_checkpointing(reentrant: bool) -> None:
+    def gradient() -> Tensor:
+        model.zero_grad()
+        model(*unet_inputs(grad=True)).sample.square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    model = unet().train()
+    model.enable_gradient_checkpointing(checkpointing(reentrant))
+    want = gradient()
+    heedful.set_attention_backend(model, COUNTING)
+    assert torch.equal(gradient(), want)
+    assert Counting.calls == 2 * UNET_LAYERS
+
+
+def checkpointing(reentrant: bool) -> Callable[..., Any]:
+    def checkpoint(module: nn.Module, *args: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(module.__call__, *args, use_reentrant=reentrant)
+
+    return checkpoint
+
+
+@torch.no_grad()
+@MODELS
+def test_a_compiled_model_is_routed_in_one_graph(build: Any, run: Any, layers: int) -> None:
+    torch._dynamo.reset()
+    model = build()
+    want = run(model)
+    heedful.set_attention_backend(model, COUNTING)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(compiled), want, atol=1e-5, rtol=1e-5)
+    assert all("compiled" in layer.reason for layer in heedful.attention_report(compiled))

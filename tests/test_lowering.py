@@ -1,0 +1,270 @@
+"""Lowerings: the rewritten tensors have the rewritten problem, and with the way back they give the same answer."""
+
+import inspect
+import math
+
+import pytest
+import torch
+
+from heedful import Bias, Causal, Dense, KeyPadding, Limits, SlidingWindow, Varlen, lowering
+from heedful.call import mask_of_call, problem_of_call
+from heedful.lowering import LOWERINGS, Lowering, Operands, cast_bias, lower, replace_part
+from heedful.strategy import ALL_MASKS, static_arguments
+
+ANY = {"scale": True, "gqa": True, "value_dim_may_differ": True, "backward": True, "lse": True}
+ALL_ROWS = frozenset({"output", "lse"})
+KERNELS = {
+    "short form": Limits(lse=True),
+    "dense only": Limits(**ANY, masks=frozenset({"dense"})),
+    "bias only": Limits(**ANY, masks=frozenset({"bias"}), head_dim_multiple=16),
+    "bias, no scale": Limits(masks=frozenset({"causal", "bias"}), head_dim_multiple=8, lse=True),
+    "bottom right": Limits(
+        **ANY, masks=frozenset({"causal", "window", "dense", "bias"}), causal_alignments=("bottom_right",)
+    ),
+    "heads third": Limits(layouts=("BSHD",), masks=frozenset({"dense", "bias"}), min_head_dim=32, lse=True),
+    "packed only": Limits(**ANY, layouts=("THD",), masks=ALL_MASKS, mixed_masks=True, empty_rows=ALL_ROWS),
+    "everything": Limits(
+        **ANY,
+        masks=ALL_MASKS,
+        mixed_masks=True,
+        causal_alignments=("top_left", "bottom_right"),
+        bias_in_query_dtype=False,
+        empty_rows=ALL_ROWS,
+        softcap=True,
+    ),
+}
+
+
+def tensors(*shapes, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def keep(*shape, empty=False):
+    """Random bool; some rows see no key where ``empty``, else every row sees one."""
+    seen = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    seen[..., 0] = True
+    if empty:
+        seen[..., 1, :] = False
+    return seen
+
+
+PLAIN = ((2, 4, 5, 12), (2, 4, 7, 12), (2, 4, 7, 12))
+SQUARE = ((2, 4, 6, 12),) * 3
+CALLS = {
+    "plain": (PLAIN, {}),
+    "scale": (PLAIN, {"scale": 0.3}),
+    "value dim": ((*PLAIN[:2], (2, 4, 7, 20)), {}),
+    "grouped": ((PLAIN[0], *((2, 2, 7, 12),) * 2), {"enable_gqa": True}),
+    "one kv head": ((PLAIN[0], *((2, 1, 7, 12),) * 2), {"enable_gqa": True}),
+    "grouped, 3 dims": (((4, 5, 12), *((2, 7, 12),) * 2), {"enable_gqa": True}),
+    "grouped, broadcast": ((PLAIN[0], *((1, 2, 7, 12),) * 2), {"enable_gqa": True}),
+    "2 dims": (((5, 12), (7, 12), (7, 12)), {"attn_mask": keep(5, 7)}),
+    "3 dims": (((4, 5, 12), (4, 7, 12), (4, 7, 12)), {"attn_mask": keep(4, 5, 7)}),
+    "5 dims": (((3, 2, 4, 5, 12), (1, 2, 4, 7, 12), (3, 1, 4, 7, 12)), {"attn_mask": keep(3, 1, 4, 5, 7)}),
+    "5 dims, 4-D mask": (((3, 2, 4, 5, 12), *((3, 2, 4, 7, 12),) * 2), {"attn_mask": keep(2, 1, 5, 7)}),
+    "broadcast batch": (((1, 4, 5, 12), *((2, 4, 7, 12),) * 2), {"is_causal": True}),
+    "heads third": (((2, 5, 4, 12), *((2, 7, 4, 12),) * 2), {"layout": "BSHD", "attn_mask": keep(2, 1, 5, 7)}),
+    "heads third, grouped": (
+        ((2, 5, 4, 12), *((2, 7, 2, 12),) * 2),
+        {"layout": "BSHD", "enable_gqa": True, "is_causal": True},
+    ),
+    "heads third, broadcast": (((1, 5, 4, 12), *((2, 7, 4, 12),) * 2), {"layout": "BSHD"}),
+    "packed": (
+        ((5, 4, 12), (7, 4, 12), (7, 4, 12)),
+        {"layout": "THD", "attn_mask": Varlen(torch.tensor([0, 2, 5]), torch.tensor([0, 3, 7]))},
+    ),
+    "packed, grouped": (
+        ((5, 4, 12), (7, 2, 12), (7, 2, 12)),
+        {"layout": "THD", "enable_gqa": True, "attn_mask": Varlen(torch.tensor([0, 2, 5]), torch.tensor([0, 3, 7]))},
+    ),
+    "causal": (PLAIN, {"is_causal": True}),
+    "causal square": (SQUARE, {"is_causal": True}),
+    "causal bottom right": (PLAIN, {"is_causal": True, "causal_alignment": "bottom_right"}),
+    "causal bottom right square": (SQUARE, {"is_causal": True, "causal_alignment": "bottom_right"}),
+    "causal bottom right, more queries": (
+        ((2, 4, 9, 12), *((2, 4, 7, 12),) * 2),
+        {"is_causal": True, "causal_alignment": "bottom_right"},
+    ),
+    "window": (PLAIN, {"window": (1, 2)}),
+    "causal window square": (SQUARE, {"window": (2, None), "is_causal": True}),
+    "mask values": (PLAIN, {"attn_mask": Causal() & SlidingWindow(3, 3) & KeyPadding(keep(2, 7))}),
+    "key padding": (PLAIN, {"attn_mask": KeyPadding(keep(2, 7))}),
+    "all padded": (PLAIN, {"attn_mask": KeyPadding(keep(2, 7, empty=True) & torch.tensor([[True], [False]]))}),
+    "dense": (PLAIN, {"attn_mask": keep(2, 4, 5, 7)}),
+    "empty rows": (PLAIN, {"attn_mask": keep(2, 1, 5, 7, empty=True)}),
+    "1-D mask": (PLAIN, {"attn_mask": keep(7)}),
+    "bias": (PLAIN, {"attn_mask": tensors((4, 5, 7))[0]}),
+    "hiding bias": (PLAIN, {"attn_mask": torch.zeros(5, 7).masked_fill(~keep(5, 7, empty=True), -math.inf)}),
+    "wide bias": (PLAIN, {"attn_mask": tensors((5, 7), dtype=torch.float64)[0]}),
+    "bias and dense": (PLAIN, {"attn_mask": Dense(keep(5, 7)) & Bias(tensors((2, 1, 1, 7))[0]), "scale": 0.1}),
+}
+
+
+def formula(naive_attention, query, key, value, mask, layout, scale):
+    """The formula in the layout of its tensors."""
+    if layout == "THD":
+        query, key, value = (tensor[None] for tensor in (query, key, value))
+    if layout != "BHSD":
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    seen = None if mask is None else mask.visible(query.shape[-2], key.shape[-2], query.device)
+    bias = None if mask is None else mask.bias
+    out, lse = naive_attention(query, key, value, seen=seen, bias=bias, scale=scale)
+    out = out if layout == "BHSD" else out.transpose(1, 2)
+    return (out[0], lse[0]) if layout == "THD" else (out, lse)
+
+
+MASK_WORDS = ("attn_mask", "is_causal", "causal_alignment", "window")
+
+
+def assert_described(operands, problem):
+    """The problem says of the operands what reading them would."""
+    read = problem_of_call(
+        *operands[:3],
+        attn_mask=operands.mask,
+        enable_gqa=problem.heads != problem.kv_heads,
+        layout=problem.layout,
+        scale=problem.scale,
+        return_lse=problem.needs_lse,
+    )
+    bounds = read.mask
+    for have, said in ((bounds.dense, problem.mask.dense), (bounds.bias, problem.mask.bias)):
+        assert set(have or "") <= set(said or ""), "the axes of a joined mask are an upper bound"
+    mask = replace_mask(read.mask, dense=problem.mask.dense, bias=problem.mask.bias, rows_seen=problem.mask.rows_seen)
+    assert read.mask.kinds == problem.mask.kinds
+    assert read.replace(mask=mask) == problem
+
+
+def replace_mask(facts, **changes):
+    return type(facts)(**{**vars(facts), **changes})
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_lowered_call_gives_the_same_answer(call, kernel, naive_attention):
+    shapes, arguments = CALLS[call]
+    limits = KERNELS[kernel]
+    query, key, value = tensors(*shapes)
+    problem = problem_of_call(query, key, value, **arguments, return_lse=True)
+    steps, lowered = lower(problem, limits)
+
+    words = {name: arguments[name] for name in MASK_WORDS if name in arguments}
+    stages = [Operands(query, key, value, mask_of_call(**words))]
+    for step in steps:
+        stages.append(step.lowering.before(step.old, step.new)(stages[-1]))
+        assert_described(stages[-1], step.new)
+    if list(limits.refusals(lowered)):
+        return  # a kernel that refuses is never run
+    last = stages[-1]
+    assert {tensor.dim() for tensor in last[:3]} == {3 if lowered.layout == "THD" else 4}
+    out, lse = formula(naive_attention, *last[:4], lowered.layout, lowered.scale)
+    for index, step in reversed(list(enumerate(steps))):
+        after = step.lowering.after(step.old, step.new)
+        if after is not None:
+            out, lse = after(out, lse, stages[index], stages[index + 1])
+    layout, scale = arguments.get("layout", "BHSD"), arguments.get("scale")
+    wanted_out, wanted_lse = formula(naive_attention, *stages[0][:4], layout, scale)
+    torch.testing.assert_close(out, wanted_out, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(lse, wanted_lse, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "refused"),
+    [
+        ("dense only", {"bias", "hiding bias", "wide bias", "bias and dense"}),
+        ("bias only", set()),
+        ("bias, no scale", set()),
+        ("everything", set()),
+        ("heads third", set()),
+        ("bottom right", {"causal bottom right, more queries"}),
+        ("packed only", set(CALLS) - {"packed", "packed, grouped"}),
+    ],
+)
+def test_which_calls_no_rewrite_helps(kernel, refused):
+    found = set()
+    for name, (shapes, arguments) in CALLS.items():
+        problem = problem_of_call(*tensors(*shapes), **arguments, return_lse=True)
+        if list(KERNELS[kernel].refusals(lower(problem, KERNELS[kernel])[1])):
+            found.add(name)
+    assert found == refused
+
+
+# Chains
+
+
+def test_what_is_not_refused_is_not_rewritten():
+    for name, (shapes, arguments) in CALLS.items():
+        if name in {"plain", "scale", "dense", "causal", "mask values", "bias and dense", "empty rows"}:
+            problem = problem_of_call(*tensors(*shapes), **arguments)
+            assert lower(problem, KERNELS["everything"]) == ((), problem)
+
+
+def test_a_chain_is_in_the_declared_order_and_names_what_it_mends():
+    query, key = tensors((1, 6, 4, 12), (2, 6, 2, 12), dtype=torch.float16)
+    problem = problem_of_call(query, key, key, layout="BSHD", enable_gqa=True, attn_mask=torch.zeros(6, 6), scale=0.5)
+    steps, lowered = lower(problem, KERNELS["bias, no scale"])
+    assert [(step.name, step.mended) for step in steps] == [
+        ("broadcast", ("leading sizes",)),
+        ("layout", ("layout",)),
+        ("cast_bias", ("bias dtype",)),
+        ("zero_empty_rows", ("empty rows",)),
+        ("pad_head_dim", ("head dim padding",)),
+        ("fold_scale", ("scale",)),
+    ]
+    assert list(KERNELS["bias, no scale"].refusals(lowered)) == []
+    assert [step.old for step in steps] == [problem, *(step.new for step in steps[:-1])]
+
+
+def test_every_lowering_is_declared_once():
+    made = {
+        kind
+        for _, kind in inspect.getmembers(lowering, inspect.isclass)
+        if issubclass(kind, Lowering) and not inspect.isabstract(kind)
+    }
+    assert {type(one) for one in LOWERINGS} == made
+    assert len({one.name for one in LOWERINGS}) == len(LOWERINGS) == len(made)
+
+
+@pytest.mark.parametrize(("head_dim", "multiple", "padded"), [(72, 8, 72), (77, 8, 80), (12, 16, 16), (1, 8, 8)])
+def test_head_dims_are_padded_to_the_next_multiple_and_keep_their_scale(head_dim, multiple, padded):
+    (query,) = tensors((1, 2, 3, head_dim))
+    _steps, lowered = lower(problem_of_call(query, query, query), Limits(scale=True, head_dim_multiple=multiple))
+    assert (lowered.head_dim, lowered.value_dim) == (padded, padded)
+    assert lowered.effective_scale == pytest.approx(head_dim**-0.5)
+    assert list(static_arguments(lowered)) == ([] if padded == head_dim else ["scale"])
+
+
+def test_bound_functions_read_lengths_from_the_tensors():
+    """One binding serves every length: torch.compile traces it for symbols."""
+    query, key = tensors((2, 4, 5, 12), (2, 4, 7, 12))
+    problem = problem_of_call(query, key, key, is_causal=True, window=(1, 1))
+    (step, *_), _lowered = lower(problem, KERNELS["dense only"])
+    longer, other = tensors((2, 4, 11, 12), (2, 4, 13, 12))
+    mask = mask_of_call(is_causal=True, window=(1, 1))
+    made = step.lowering.before(step.old, step.new)(Operands(longer, other, other, mask)).mask.dense
+    assert torch.equal(made, mask.visible(11, 13, query.device))
+
+
+# Casting a bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_finite_bias_stays_finite_and_an_infinite_one_infinite(dtype):
+    bias = torch.tensor([-math.inf, -1e300, -1e9, 0.5, 1e300, math.inf], dtype=torch.float64)
+    cast = cast_bias(bias, dtype)
+    assert cast.dtype == dtype
+    assert cast.isinf().tolist() == [True, False, False, False, False, True]
+    assert cast[3] == 0.5
+    assert cast[1] == torch.finfo(dtype).min
+
+
+def test_a_bias_that_fits_is_cast_plainly():
+    bias = torch.tensor([-65504.0, -math.inf, 1.5], dtype=torch.float16)
+    assert torch.equal(cast_bias(bias, torch.float32), bias.float())
+    assert cast_bias(bias, torch.float16) is bias
+
+
+def test_replacing_a_part_keeps_the_others():
+    padding = KeyPadding(keep(2, 7))
+    replaced = replace_part(padding & Causal(), causal="bottom_right")
+    assert (replaced.causal, replaced.padding) == ("bottom_right", padding.padding)

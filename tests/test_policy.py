@@ -1,0 +1,107 @@
+"""Wishes: the environment, the preference table, and the scope. Threads and tasks have their own tests."""
+
+import pytest
+
+from heedful import (
+    AttentionDispatcher,
+    AttentionProblem,
+    AttentionStrategyFactory,
+    InvalidArgument,
+    Policy,
+    UnknownBackend,
+)
+from heedful.policy import PREFERENCES, as_wish, current_wish, scope
+
+PROBLEM = AttentionProblem(batch=1, heads=1, kv_heads=1, query_length=2, key_length=2, head_dim=8, value_dim=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "wish"),
+    [
+        ("native", "native"),
+        ("  native ", "native"),
+        ("flash,native", ("flash", "native")),
+        ("flash, ,native,", ("flash", "native")),
+        ("auto", "auto"),
+    ],
+)
+def test_the_environment_as_a_wish(text, wish):
+    policy = Policy.from_environment({"HEEDFUL_BACKEND": text})
+    assert (policy.default, policy.default_origin) == (wish, "HEEDFUL_BACKEND")
+
+
+@pytest.mark.parametrize("environ", [{}, {"HEEDFUL_BACKEND": ""}, {"HEEDFUL_BACKEND": " "}, {"HEEDFUL_BACKEND": ",,"}])
+def test_an_environment_without_a_wish_is_auto(environ):
+    assert Policy.from_environment(environ) == Policy()
+    assert (Policy().default, Policy().default_origin) == ("auto", "auto")
+
+
+def test_the_process_environment_is_read_where_none_is_given(monkeypatch):
+    monkeypatch.setenv("HEEDFUL_BACKEND", "flex")
+    assert Policy.from_environment().default == "flex"
+
+
+@pytest.mark.parametrize(("backend", "wish"), [("a", "a"), (["a", "b"], ("a", "b")), (("a",), ("a",))])
+def test_a_backend_as_a_wish(backend, wish):
+    assert as_wish(backend) == wish
+
+
+@pytest.mark.parametrize("backend", ["", [], (), None, 3, ["a", 3], ["a", ""], {"a"}, b"native"])
+def test_a_backend_that_is_no_wish(backend):
+    with pytest.raises(InvalidArgument, match=r"backend: got .*; give a name, a non-empty list"):
+        as_wish(backend)
+
+
+def test_the_order_is_the_table_then_the_others_then_the_reference():
+    policy = Policy({"cpu": ("b", "absent", "a", "reference"), "*": ("c", "reference")})
+    known = {"reference", "z", "c", "a", "b"}
+    assert policy.order("cpu", known) == ("b", "a", "c", "z", "reference")
+    assert policy.order("mps", known) == ("c", "a", "b", "z", "reference")
+    assert policy.order("cpu", {"z"}) == ("z",)
+
+
+def test_the_table_names_backends_that_exist_and_ends_in_the_reference():
+    known = set(AttentionStrategyFactory(plugins=False).strategies())
+    for names in PREFERENCES.values():
+        assert set(names) <= known
+        assert names[-1] == "reference"
+        assert len(set(names)) == len(names)
+    assert "*" in PREFERENCES
+
+
+# Scopes
+
+
+def test_scopes_nest_and_end():
+    assert current_wish() is None
+    with scope("a"):
+        with scope(("b", "c")):
+            assert current_wish() == ("b", "c")
+        assert current_wish() == "a"
+    assert current_wish() is None
+
+
+def test_a_scope_ends_with_an_exception():
+    with scope("a"):
+        with pytest.raises(KeyError), scope("b"):
+            raise KeyError
+        assert current_wish() == "a"
+    assert current_wish() is None
+
+
+def test_a_scope_of_an_unknown_backend_is_refused_before_it_begins(dispatcher):
+    with pytest.raises(UnknownBackend, match=r"no backend is called 'nativ'; did you mean 'native'"):
+        dispatcher.attention_backend("nativ")
+    with pytest.raises(InvalidArgument, match="backend"):
+        dispatcher.attention_backend([])
+
+
+def test_a_scope_knows_a_strategy_by_its_alias(dispatcher):
+    with dispatcher.attention_backend(["_native_math", "auto"]):
+        assert current_wish() == ("native_math", "auto")
+
+
+def test_a_wish_in_the_environment_for_an_unknown_backend_names_the_variable(factory):
+    policy = Policy.from_environment({"HEEDFUL_BACKEND": "nativ"})
+    with pytest.raises(UnknownBackend, match=r"HEEDFUL_BACKEND: no backend is called 'nativ'; did you mean 'native'"):
+        AttentionDispatcher(factory, policy=policy).plan(PROBLEM)
