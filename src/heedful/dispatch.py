@@ -309,7 +309,10 @@ class AttentionDispatcher:
 
     def _resolved(self, wish: Wish, origin: str) -> Wish:
         names = (wish,) if isinstance(wish, str) else wish
-        resolved = tuple(name if name == "auto" else self.factory.resolve(name, origin) for name in names)
+        resolved = tuple(
+            name if name == "auto" else self.factory.resolve(name, "backend" if origin == "call" else origin)
+            for name in names
+        )
         return resolved[0] if isinstance(wish, str) else resolved
 
     def _bound(

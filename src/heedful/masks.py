@@ -185,7 +185,10 @@ class Dense(Mask):
 
 
 class Bias(Mask):
-    """A float tensor broadcastable to (B, H, Q, K), added to the scaled scores; -inf hides."""
+    """A float tensor broadcastable to (B, H, Q, K), added to the scaled scores; -inf hides.
+
+    Two that are joined by ``&`` are added in their common dtype.
+    """
 
     def __init__(self, bias: Tensor) -> None:
         if not bias.is_floating_point():

@@ -197,7 +197,8 @@ def _small_print(drawn: Drawn) -> str:
 def _print(result: dict[str, Any]) -> None:
     table = Table(title=f"the same pictures by every backend (judge: {result['judge']})", title_justify="left")
     for column in ("backend", "ran", "layers", "time per step", "largest difference", "recognised"):
-        table.add_column(column, justify="left" if column in ("backend", "ran") else "right")
+        name = column in ("backend", "ran")
+        table.add_column(column, justify="left" if name else "right", no_wrap=name)
     for row in result["backends"]:
         if row["refused"]:
             table.add_row(row["backend"], f"refused: {row['refused']}")

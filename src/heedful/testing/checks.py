@@ -123,7 +123,7 @@ def check_answer(
             what = f"the gradient of a {leaf.dtype} input of shape {tuple(leaf.shape)}"
             if got.dtype != leaf.dtype:
                 raise ContractBroken(f"{what} is {got.dtype}")
-            _check(subject, built, what, got, right.double(), rough)
+            _check(subject, built, what, got, right.double(), rough, terms=built.summed_into(leaf))
 
 
 def _in_form(built: Built, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -150,13 +150,14 @@ def _check(
     want: Tensor,
     naive: Tensor,
     dtype: torch.dtype | None = None,
+    terms: int = 1,
 ) -> None:
     if not subject.is_exact:
         finite = want.isfinite()
         check_similar(what, got[finite], want[finite], subject.tolerance)
         return
     factor = 3.0 if "softcap" in built.sample.call else 2.0
-    check_close(what, got, want, naive, dtype or built.dtype, factor)
+    check_close(what, got, want, naive, dtype or built.dtype, factor, terms)
 
 
 def _tensors_of(built: Built) -> list[Tensor]:

@@ -117,6 +117,18 @@ class Built:
         every = [*self.tensors, *(part.bias for part in self.parts)]
         return [tensor for tensor in every if tensor is not None and tensor.requires_grad]
 
+    def summed_into(self, leaf: Tensor) -> int:
+        """How many products are summed into each element of a leaf's gradient, at the least.
+
+        A score's gradient is a difference of two sums over the value dim, which is zero where a query sees one key; a
+        bias's gradient is the sum of those of all scores that share an element.
+        """
+        value_dim = self.sample.shapes()[2][-1]
+        if not any(leaf is part.bias for part in self.parts) or not leaf.numel():
+            return max(1, value_dim)
+        scores = math.prod((*self.lead, self.sample.query_length, self.sample.key_length))
+        return max(1, scores // leaf.numel() * value_dim)
+
     @property
     def seen(self) -> Tensor | None:
         """Bool, broadcastable to (…, H, Q, K): what mask and arguments let see, apart from biases."""
@@ -171,7 +183,7 @@ class Built:
             biases = [copies.get(id(one), one).clone() for one in self._biases()]
             if self.sample.autocast is not None:  # casts the bias as well, as SDPA does
                 biases = [one.to(self.dtype) for one in biases]
-            bias = sum((one.double() for one in biases[1:]), biases[0].double()) if biases else None
+            bias = sum(biases[1:], biases[0]).double() if biases else None  # as ``&`` adds them: in their own dtype
             seen = self.seen
             meaning = replace(self.meaning, drop=drop, seen=None if seen is None else seen.clone())
             query, key, value = (logical(tensor.clone(), self.sample.layout) for tensor in tensors)

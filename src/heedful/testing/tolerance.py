@@ -35,8 +35,10 @@ class Tolerance:
     lse: float = 0.1
 
 
-def allowed(want: Tensor, naive: Tensor, dtype: torch.dtype, factor: float = 2.0) -> float:
+def allowed(want: Tensor, naive: Tensor, dtype: torch.dtype, factor: float = 2.0, terms: int = 1) -> float:
     """The largest error that the rule lets pass. ``want`` is float64; ``naive`` is the formula computed in ``dtype``.
+
+    ``terms``: how many numbers were summed into each one; they may cancel, and their roundings add up as a random walk.
 
     A float64 kernel has no wider judge: ``naive`` is float32 then, and its error is scaled to float64's precision.
     """
@@ -46,7 +48,8 @@ def allowed(want: Tensor, naive: Tensor, dtype: torch.dtype, factor: float = 2.0
     unit = torch.finfo(dtype).eps
     rounding = largest((rounded + 0.3 - 0.3 - rounded).double())
     luck = largest(naive.double() - want) * unit / torch.finfo(naive.dtype).eps
-    return factor * luck + 2.0 * rounding + _FLOOR[dtype] * unit * max(1.0, largest(want))
+    floor = _FLOOR[dtype] * unit * max(1.0, largest(want)) * math.sqrt(terms)
+    return factor * luck + 2.0 * rounding + floor
 
 
 def largest(tensor: Tensor) -> float:
@@ -54,7 +57,9 @@ def largest(tensor: Tensor) -> float:
     return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
-def check_close(what: str, got: Tensor, want: Tensor, naive: Tensor, dtype: torch.dtype, factor: float = 2.0) -> None:
+def check_close(
+    what: str, got: Tensor, want: Tensor, naive: Tensor, dtype: torch.dtype, factor: float = 2.0, terms: int = 1
+) -> None:
     """Raise ContractBroken unless ``got`` is as near to ``want`` (float64) as the rule demands; infinities exact."""
     if got.shape != want.shape:
         raise ContractBroken(f"{what} has shape {tuple(got.shape)}, not {tuple(want.shape)}")
@@ -62,7 +67,7 @@ def check_close(what: str, got: Tensor, want: Tensor, naive: Tensor, dtype: torc
     if not torch.equal(got[infinite], want[infinite]):
         raise ContractBroken(f"{what} is {got[infinite].tolist()[:4]}… where it must be {want[infinite].tolist()[:4]}…")
     got, want, naive = got[~infinite], want[~infinite], naive[~infinite]
-    error, limit = largest(got - want), allowed(want, naive, dtype, factor)
+    error, limit = largest(got - want), allowed(want, naive, dtype, factor, terms)
     if not error <= limit:  # a NaN is no smaller than anything
         raise ContractBroken(f"{what} is off by {error:.3g}; at most {limit:.3g} is allowed")
 
