@@ -201,17 +201,21 @@ def _print(result: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if name else "right", no_wrap=name)
     for row in result["backends"]:
         if row["refused"]:
-            table.add_row(row["backend"], f"refused: {row['refused']}")
+            table.add_row(row["backend"], "refused")
             continue
         speed = "" if row["seconds_per_step"] is None else f"{row['seconds_per_step'] * 1000:.2f} ms"
-        seen = f"{row['recognised']:.0%} of {row['pictures']}" if "recognised" in row else ""
+        seen = f"{row['recognised']:.0%}" if "recognised" in row else ""
         difference = f"{row['largest_difference']:.1e}"
         table.add_row(row["backend"], ", ".join(row["kernels"]), row["coverage"], speed, difference, seen)
     console = Console()
     console.print(table)
-    held_out = next((row["recogniser_on_held_out_real"] for row in result["backends"] if "recognised" in row), None)
-    if held_out is not None:
-        console.print(f"recognised by a classifier that is right on {held_out:.1%} of real digits it has not seen")
+    judged = next((row for row in result["backends"] if "recognised" in row), None)
+    if judged is not None:
+        held_out = f"{judged['recogniser_on_held_out_real']:.1%} of real digits it has not seen"
+        console.print(f"recognised: of {judged['pictures']} digits, by a classifier that is right on {held_out}")
+    for row in result["backends"]:
+        if row["refused"]:
+            console.print(f"{row['backend']} refused: {row['refused']}", highlight=False, markup=False)
     for name, reason in result["cannot_run_here"].items():
         console.print(f"[dim]{name} cannot run here: {reason}[/dim]", highlight=False)
     console.print(f"picture: {result['picture']}")
