@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import heedful
 from heedful import AttentionStrategy, KeyPadding, Limits, Policy, Varlen
 from heedful.binding import bind
 from heedful.call import problem_of_call
@@ -149,6 +150,16 @@ def test_an_empty_packed_problem():
     problem = problem_of_call(query, key, key, mask, layout="THD", return_lse=True)
     out, lse = bind(select(problem, (), {}, Policy()), None, {})(query, key, key, mask)
     assert (out.shape, lse.shape) == (query.shape, (4, 3))
+
+
+def test_the_lse_of_an_empty_problem_is_float32_whatever_the_default_dtype():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        tensors = torch.zeros(3, 1, 2, 0, 4, dtype=torch.float32).unbind()
+        assert heedful.attention(*tensors, return_lse=True)[1].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_an_infinite_input_does_not_spoil_an_empty_answer():

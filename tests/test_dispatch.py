@@ -1,6 +1,8 @@
 """The one call: whose wish counts, what happens where a backend refuses, and what is remembered."""
 
+import contextlib
 import gc
+import inspect
 import logging
 import weakref
 
@@ -14,6 +16,7 @@ from heedful import (
     AttentionStrategy,
     Causal,
     Facts,
+    InvalidArgument,
     KeyPadding,
     Limits,
     Policy,
@@ -306,6 +309,48 @@ def test_calls_that_differ_in_what_selection_reads_are_different_kinds(dispatche
         assert counting.judged == number, changes
 
 
+OTHERS = {
+    "query": QUERY[:, :, :4],
+    "key": KEY.double(),
+    "value": randn(2, 4, 7, 16),
+    "attn_mask": torch.ones(5, 7, dtype=torch.bool),
+    "dropout_p": 0.1,
+    "is_causal": True,
+    "scale": 0.3,
+    "enable_gqa": True,
+    "layout": "BSHD",
+    "causal_alignment": "bottom_right",
+    "window": (1, 1),
+    "softcap": 30.0,
+    "sinks": torch.zeros(4),
+    "max_error": 0.5,
+    "options": {"anything": 1},
+    "backend": "native",
+    "return_lse": True,
+}
+
+
+@pytest.mark.parametrize("name", list(inspect.signature(AttentionDispatcher.attention).parameters)[1:])
+def test_no_parameter_is_left_out_of_the_memory(dispatcher, name):
+    """After the plain call was remembered, the call with one argument changed is looked at anew."""
+    plain = {"query": QUERY, "key": KEY, "value": KEY}
+    for _ in range(2):  # the very first call loads the registry, which forgets
+        dispatcher.attention(**plain)
+    asked = []
+    planned = dispatcher.plan
+
+    def plan(*arguments, **more):
+        asked.append(arguments)
+        return planned(*arguments, **more)
+
+    dispatcher.plan = plan
+    with contextlib.suppress(InvalidArgument, Refused, RuntimeError):
+        dispatcher.attention(**{**plain, name: OTHERS[name]})
+        assert asked
+    dispatcher.attention(**plain)
+    assert len(asked) <= 1
+
+
 def test_modes_of_torch_make_different_kinds(dispatcher, counting):
     query = QUERY.clone().requires_grad_()
 
@@ -447,3 +492,56 @@ def test_every_kind_of_mask_reaches_some_backend(dispatcher, naive_attention):
         out = dispatcher.attention(tensor, tensor, tensor, mask)
         expected, _ = naive_attention(tensor, tensor, tensor, seen=keep)
         torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "flex"])
+@pytest.mark.parametrize("more", [{}, {"is_causal": True}], ids=["alone", "with causality"])
+def test_a_block_mask_that_is_blocks_only_is_honoured(backend, more):
+    from torch.nn.attention.flex_attention import BlockMask
+
+    query, key, value = torch.randn(3, 1, 2, 8, 4).unbind()
+    counts, columns = torch.ones(1, 1, 2, dtype=torch.int32), torch.tensor([[[[0, 1], [1, 0]]]], dtype=torch.int32)
+    block = BlockMask.from_kv_blocks(counts, columns, BLOCK_SIZE=4)
+    same = torch.arange(8)[:, None] // 4 == torch.arange(8) // 4
+    out = heedful.attention(query, key, value, attn_mask=block, backend=backend, **more)
+    torch.testing.assert_close(out, heedful.attention(query, key, value, attn_mask=same, backend="reference", **more))
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 8, 8), (1, 5, 8, 8), (1, 1, 16, 8), (1, 1, 8, 16)])
+def test_a_block_mask_of_another_shape_is_named(sizes):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    query, key, value = torch.randn(3, 2, 4, 8, 4).unbind()
+    block = create_block_mask(lambda b, h, q, k: q >= k, *sizes, device="cpu")
+    with pytest.raises(heedful.InvalidArgument, match=r"attn_mask: got BlockMask of shape .*; give \(2, 4, 8, 8\)"):
+        heedful.attention(query, key, value, attn_mask=block)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "native_flash", "flex"])
+def test_packed_heads_broadcast(backend):
+    query, key = torch.randn(7, 4, 8), torch.randn(7, 1, 8)
+    words = {"layout": "THD", "attn_mask": heedful.Varlen(torch.tensor([0, 3, 7])), "backend": backend}
+    wide = key.expand(7, 4, 8).contiguous()
+    torch.testing.assert_close(
+        heedful.attention(query, key, wide, **words), heedful.attention(query, wide, wide, **words)
+    )
+
+
+def test_a_negative_scale_costs_no_accuracy():
+    query, key, value = (torch.randn(3, 1, 2, 33, 16) * 8).to(torch.float16).unbind()
+    scores = -0.7 * query.double() @ key.double().transpose(-2, -1)
+    want = (torch.softmax(scores, -1) @ value.double()).half()
+    out = heedful.attention(query, key, value, scale=-0.7, backend="reference")
+    torch.testing.assert_close(out, want, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch scripts its decompositions at the first dual level
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_flex_refuses_a_forward_mode_gradient_rather_than_lose_it(with_lse):
+    from torch.autograd import forward_ad
+
+    query, key, value = torch.randn(3, 1, 2, 5, 8).unbind()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, torch.ones_like(query))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            heedful.attention(dual, key, value, backend="flex", return_lse=with_lse)

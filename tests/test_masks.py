@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from heedful import Bias, Causal, Dense, InvalidArgument, KeyPadding, Mask, SlidingWindow, Varlen
 from heedful.masks import NO_MASK, MaskFacts, as_mask, as_window, facts_of
@@ -126,6 +126,18 @@ def test_a_block_mask_shows_what_its_function_says():
     seen = as_mask(block).visible(5, 7, CPU)
     for b, h, q, k in itertools.product(range(BATCH), range(HEADS), range(5), range(7)):
         assert seen[b, h, q, k] == ((q + k + h) % 3 != b)
+
+
+def test_a_block_mask_shows_its_full_blocks_and_hides_those_it_does_not_list():
+    partial = torch.tensor([[[1, 0]]], dtype=torch.int32), torch.tensor([[[[1, 0], [0, 1]]]], dtype=torch.int32)
+    full = torch.tensor([[[0, 1]]], dtype=torch.int32), torch.tensor([[[[0, 1], [0, 1]]]], dtype=torch.int32)
+    block = BlockMask.from_kv_blocks(
+        *partial, *full, BLOCK_SIZE=4, mask_mod=lambda b, h, q, k: (b == h) & (k > 5), seq_lengths=(7, 8)
+    )
+    seen = Mask(block=block).visible(7, 8, torch.device("cpu"))
+    want = torch.zeros(7, 8, dtype=torch.bool)
+    want[:4, 6:], want[4:, :4] = True, True
+    assert torch.equal(seen[0, 0], want)
 
 
 def test_a_mask_without_parts_hides_nothing():
@@ -346,3 +358,19 @@ def test_the_key_holds_all_that_the_facts_hold():
 
 def test_the_key_does_not_hold_the_contents():
     assert Dense(random_bool(4, 4, seed=1)).key == Dense(random_bool(4, 4, seed=2)).key
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: KeyPadding(None),
+        lambda: KeyPadding.from_lengths([1, 2], 3),
+        lambda: Dense([True]),
+        lambda: Bias(3),
+        lambda: Varlen([0, 3]),
+    ],
+    ids=["padding", "lengths", "dense", "bias", "varlen"],
+)
+def test_what_is_no_tensor_is_named(make):
+    with pytest.raises(InvalidArgument, match=r"got (NoneType|list|int); give a torch.Tensor"):
+        make()

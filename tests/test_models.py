@@ -141,6 +141,8 @@ def test_the_first_matching_rule_decides_and_keep_leaves_a_layer_alone(x: Tensor
         ("nativ", {}, heedful.UnknownBackend, "backend: no backend is called 'nativ'; did you mean 'native'"),
         ("native", {"0": "flesh"}, heedful.UnknownBackend, r"rules\['0'\]: no backend is called 'flesh'"),
         ("native", {"0": 3}, heedful.InvalidArgument, r"rules\['0'\]: got 3"),
+        ("native", ["*"], heedful.InvalidArgument, r"rules: got \['\*'\]; give a mapping"),
+        ("native", {1: "native"}, heedful.InvalidArgument, "rules: got {1: 'native'}; give a mapping"),
         (["native", "nope"], {}, heedful.UnknownBackend, "'nope'"),
         ([], {}, heedful.InvalidArgument, "backend"),
         ("native", {"*.attn2": "native"}, heedful.InvalidArgument, r"'\*.attn2'; it matches none of 3 layers"),

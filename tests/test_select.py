@@ -47,13 +47,13 @@ def chosen(problem, wish, **more):
         (PROBLEM.replace(device="mps"), "auto", "plain", "an exact strategy beside the table"),
         (PROBLEM, "zeta", "zeta", "forced by name"),
         (PROBLEM, "reference", "reference", "forced by name"),
-        (PROBLEM, "half", "none", "nothing wanted takes it"),
+        (PROBLEM, "half", "refused", "nothing wanted takes it"),
         (PROBLEM, ("half", "zeta", "plain"), "zeta", "the first of the wanted list that takes it"),
         (NOT_SQUARE, ("plain", "auto"), "zeta", "an exact strategy beside the table"),
-        (NOT_SQUARE, ("plain", "half"), "none", "nothing wanted takes it"),
+        (NOT_SQUARE, ("plain", "half"), "refused", "nothing wanted takes it"),
         (NOT_SQUARE, ("sparse", "auto"), "sparse", "the first of the wanted list that takes it"),
         (PROBLEM.replace(key_length=0), "half", "none", "an empty problem needs no kernel"),
-        (PROBLEM.replace(sinks=True), "auto", "none", "nothing wanted takes it"),
+        (PROBLEM.replace(sinks=True), "auto", "refused", "nothing wanted takes it"),
     ],
 )
 def test_the_ladder(problem, wish, backend, rung):

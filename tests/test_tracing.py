@@ -192,6 +192,15 @@ def _grown(tensors: list[Tensor], axis: int, extra: int) -> list[Tensor]:
     return long
 
 
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(6, 6, 9), (6, 6, 6), (2, 4, 1), (1, 1, 1), (2, 2, 64)])
+@pytest.mark.parametrize("rows", ["all", "one"])
+def test_key_padding_whose_sizes_meet_others(batch: int, queries: int, keys: int, rows: str) -> None:
+    query, key = torch.randn(batch, 2, queries, 8), torch.randn(batch, 2, keys, 8)
+    keep = heedful.KeyPadding(torch.rand(batch if rows == "all" else 1, keys) < 0.7)
+    compiled = torch.compile(heedful.attention, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(query, key, key, keep), heedful.attention(query, key, key, keep))
+
+
 def test_no_recompile_for_a_repeated_shape() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda q, k, v: heedful.attention(q, k, v), backend=counter, fullgraph=True)

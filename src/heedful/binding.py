@@ -156,6 +156,8 @@ def _empty_answer(problem: AttentionProblem) -> Run:
         zero = sum((t[..., :0].sum() for t in inputs if t.requires_grad), torch.zeros((), device=query.device))
         out = zero.to(dtype).expand(*shape, value.shape[-1]).clone()
         out = out if heads_first else out.transpose(-3, -2)
-        return (out, torch.full(shape, -math.inf, device=query.device)) if wants_lse else out
+        if not wants_lse:
+            return out
+        return out, torch.full(shape, -math.inf, dtype=torch.float32, device=query.device)
 
     return run

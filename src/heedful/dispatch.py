@@ -19,7 +19,7 @@ from heedful import policy as wishes
 from heedful import tracing
 from heedful.binding import Run, bind
 from heedful.call import problem_of_call
-from heedful.errors import UnknownBackend
+from heedful.errors import InvalidArgument, UnknownBackend
 from heedful.factory import AttentionStrategyFactory
 from heedful.facts import Facts
 from heedful.masks import Mask
@@ -271,7 +271,10 @@ class AttentionDispatcher:
         types = [name.partition(":")[0] for name in self.facts.devices]
         device = device or next((name for name in types if name != "cpu"), "cpu")
         dtype = torch.float32 if device == "cpu" else torch.float16
-        known = self.facts.device(torch.device(device))
+        try:
+            known = self.facts.device(torch.device(device))
+        except RuntimeError:
+            raise InvalidArgument("device", repr(device), "give a device type of torch, such as cpu or cuda") from None
         shape = (1, 8, 1024, 64)
         problem = problem_for_shapes(shape, shape, shape, dtype=dtype, device=known)
         rows = [

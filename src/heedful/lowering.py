@@ -109,7 +109,12 @@ class BroadcastLeading(Lowering):
             on = broadcast(Operands(x.query.transpose(1, 2), x.key.transpose(1, 2), x.value.transpose(1, 2), x.mask))
             return Operands(on.query.transpose(1, 2), on.key.transpose(1, 2), on.value.transpose(1, 2), on.mask)
 
-        return broadcast if old.layout == "BHSD" else broadcast_heads_third
+        def broadcast_packed(x: Operands) -> Operands:
+            heads = max(t.shape[1] for t in x[:3])
+            query, key, value = (t.expand(-1, heads, -1) for t in x[:3])
+            return Operands(query, key, value, x.mask)
+
+        return {"BHSD": broadcast, "BSHD": broadcast_heads_third, "THD": broadcast_packed}[old.layout]
 
     def after(self, old: AttentionProblem, new: AttentionProblem) -> After | None:  # noqa: ARG002
         if old.layout != "BHSD":
@@ -334,13 +339,16 @@ class PadHeadDim(Lowering):
 
 
 class FoldScale(Lowering):
-    """Multiply the query so that the kernel's own 1/sqrt(D) gives the wanted scale."""
+    """Multiply the query so that a scale which the kernel takes gives the wanted one.
+
+    Where it takes any positive scale, only the sign or the zero is folded, which no dtype rounds.
+    """
 
     name = "fold_scale"
     mends = frozenset({"scale"})
 
-    def rewrite(self, problem: AttentionProblem, limits: Limits) -> AttentionProblem | None:  # noqa: ARG002
-        return problem.replace(scale=None)
+    def rewrite(self, problem: AttentionProblem, limits: Limits) -> AttentionProblem | None:
+        return problem.replace(scale=-problem.effective_scale if limits.scale and problem.effective_scale < 0 else None)
 
     def before(self, old: AttentionProblem, new: AttentionProblem) -> Before:
         factor = old.effective_scale / new.effective_scale

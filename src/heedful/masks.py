@@ -163,7 +163,7 @@ class KeyPadding(Mask):
     """Keys that are padding are seen by no query: ``keep`` is bool (B, K), True for real keys."""
 
     def __init__(self, keep: Tensor) -> None:
-        if keep.dim() != 2 or keep.dtype != torch.bool:
+        if _tensor("KeyPadding(keep)", keep).dim() != 2 or keep.dtype != torch.bool:
             raise InvalidArgument(
                 "KeyPadding(keep)", f"{keep.dtype} of shape {tuple(keep.shape)}", "give a bool tensor (batch, keys)"
             )
@@ -172,6 +172,8 @@ class KeyPadding(Mask):
     @classmethod
     def from_lengths(cls, lengths: Tensor, key_length: int) -> KeyPadding:
         """The first ``lengths[b]`` of ``key_length`` keys are real: lengths is integer (B,)."""
+        if _tensor("KeyPadding.from_lengths(lengths)", lengths).dim() != 1:
+            raise InvalidArgument("lengths", f"shape {tuple(lengths.shape)}", "give one length for each row, (batch,)")
         return cls(torch.arange(key_length, device=lengths.device)[None, :] < lengths[:, None])
 
 
@@ -179,7 +181,7 @@ class Dense(Mask):
     """A bool tensor broadcastable to (B, H, Q, K); True may attend."""
 
     def __init__(self, keep: Tensor) -> None:
-        if keep.dtype != torch.bool:
+        if _tensor("Dense(keep)", keep).dtype != torch.bool:
             raise InvalidArgument("Dense(keep)", keep.dtype, "give a bool tensor, or use Bias for scores to add")
         super().__init__(dense=keep)
 
@@ -191,7 +193,7 @@ class Bias(Mask):
     """
 
     def __init__(self, bias: Tensor) -> None:
-        if not bias.is_floating_point():
+        if not _tensor("Bias(bias)", bias).is_floating_point():
             raise InvalidArgument("Bias(bias)", bias.dtype, "give a float tensor, or use Dense for a bool one")
         super().__init__(bias=bias)
 
@@ -213,7 +215,7 @@ class Varlen(Mask):
     ) -> None:
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-            if cu.dim() != 1 or cu.is_floating_point() or cu.dtype == torch.bool or len(cu) < 1:
+            if _tensor(name, cu).dim() != 1 or cu.is_floating_point() or cu.dtype == torch.bool or len(cu) < 1:
                 raise InvalidArgument(
                     name,
                     f"{cu.dtype} of shape {tuple(cu.shape)}",
@@ -317,6 +319,12 @@ def _read(tensor: Tensor | None) -> tuple[Any, ...] | None:
     return None if tensor is None else (tensor.dtype, tensor.shape, tensor.device)
 
 
+def _tensor(name: str, given: object) -> Tensor:
+    if not isinstance(given, Tensor):
+        raise InvalidArgument(name, type(given).__name__, "give a torch.Tensor")
+    return given
+
+
 def _axes(tensor: Tensor) -> str:
     sizes = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
     present = (any(size != 1 for size in sizes[:-3]), *(size != 1 for size in sizes[-3:]))
@@ -376,7 +384,21 @@ def _sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
 
 
 def _dense_of_block(block: Any, query_length: int, key_length: int, device: torch.device) -> Tensor:
+    """What a ``BlockMask`` lets see: all of its full blocks, its function in its partial blocks, nothing elsewhere."""
     from torch.nn.attention.flex_attention import create_mask
 
+    def listed(counts: Tensor, indices: Tensor) -> Tensor:
+        rows, columns = block.BLOCK_SIZE
+        blocks = -(-key_length // columns)
+        used = torch.arange(indices.shape[-1], device=device) < counts[..., None]
+        table = torch.zeros(*counts.shape, blocks + 1, dtype=torch.bool, device=device)  # the last takes the unused
+        table = table.scatter(-1, torch.where(used, indices.long(), blocks), True)[..., :blocks]
+        within = table.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
+        return within[..., :query_length, :key_length]
+
     batch, heads = block.kv_num_blocks.shape[:2]
-    return create_mask(block.mask_mod, batch, heads, query_length, key_length, device=str(device))
+    seen = create_mask(block.mask_mod, batch, heads, query_length, key_length, device=str(device))
+    seen = seen & listed(block.kv_num_blocks, block.kv_indices)
+    if block.full_kv_num_blocks is None:
+        return seen
+    return seen | listed(block.full_kv_num_blocks, block.full_kv_indices)

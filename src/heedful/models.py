@@ -56,6 +56,8 @@ def set_attention_backend(
         UnknownBackend, InvalidArgument: a name is unknown, or a rule decides about no layer.
         NothingCovered: no layer would be routed. The model is then as it was before, as after any other exception.
     """
+    if rules is not None and not (isinstance(rules, Mapping) and all(isinstance(pattern, str) for pattern in rules)):
+        raise InvalidArgument("rules", repr(rules), "give a mapping from path patterns to backends, or None")
     wishes = {pattern: _wish(wish, f"rules[{pattern!r}]") for pattern, wish in (rules or {}).items()}
     default = _wish(backend, "backend")
     before = [route for _, _, module in _modules(model_or_pipeline) if (route := route_of(module))]

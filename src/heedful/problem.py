@@ -210,6 +210,8 @@ def check_mask(mask: Mask | None, lead: Shape, query_length: int, key_length: in
     if mask.padding is not None and mask.padding.shape not in {(batch, key_length), (1, key_length)}:
         shape = tuple(mask.padding.shape)
         raise InvalidArgument("attn_mask", f"KeyPadding of shape {shape}", f"give ({batch}, {key_length})")
+    if mask.block is not None:
+        check_block_shape(mask.block, (batch, lead[-1] if lead else 1, query_length, key_length))
     if mask.varlen is not None and batch != 1:
         raise InvalidArgument("attn_mask", f"Varlen with batch {batch}", "pack the sequences: layout='THD', or batch 1")
     if mask.varlen is not None and (mask.causal or mask.window):
@@ -218,6 +220,14 @@ def check_mask(mask: Mask | None, lead: Shape, query_length: int, key_length: in
             "Varlen with causality or a window",
             "these would count from the pack's start; run per sequence",
         )
+
+
+def check_block_shape(block: Any, full: Shape) -> None:
+    """A ``BlockMask`` must be for (B, H, Q, K); while dynamo traces, a stand-in without a shape passes."""
+    shape = tuple(getattr(block, "shape", full))
+    if len(shape) == 4 and shape[0] in (1, full[0]) and shape[1] in (1, full[1]) and shape[2:] == full[2:]:
+        return
+    raise InvalidArgument("attn_mask", f"BlockMask of shape {shape}", f"give {full}; the first two sizes may be 1")
 
 
 def check_mask_shape(shape: Shape, full: Shape) -> None:

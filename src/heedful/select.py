@@ -61,8 +61,8 @@ class Plan:
 
     @property
     def backend(self) -> str:
-        """The name of the strategy that runs, or "none" where nothing is to be computed."""
-        return self.chosen.name if self.chosen else "none"
+        """The strategy that runs; "none" where nothing is to be computed, "refused" where nothing takes it."""
+        return self.chosen.name if self.chosen else "refused" if self.refused else "none"
 
     @property
     def refused(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -282,9 +282,6 @@ def mask_arguments(mask: Mask | None) -> dict[str, Any]:
     if mask.block is not None:
         arguments["block_mask"] = mask.block
     return arguments
-
-
-Compute = Callable[..., Answer]
 
 
 def unit_strides(*tensors: Tensor) -> tuple[Tensor, ...]:

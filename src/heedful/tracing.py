@@ -339,7 +339,7 @@ def _mask_outline(attn_mask: Any, sizes: tuple[int, ...]) -> tuple[Any, ...]:
         return (
             None if attn_mask.dense is None else _tensor_outline(attn_mask.dense, sizes),
             None if attn_mask.bias is None else _tensor_outline(attn_mask.bias, sizes),
-            None if attn_mask.padding is None else _tensor_outline(attn_mask.padding, sizes),
+            None if attn_mask.padding is None else _padding_outline(attn_mask.padding, sizes),
             attn_mask.causal,
             attn_mask.window
             if attn_mask.window is None
@@ -365,8 +365,6 @@ def _tensor_outline(tensor: Tensor, sizes: tuple[int, ...]) -> tuple[Any, ...]:
             shape.append(1)
         elif back == 1:
             shape.append(key_stand_in if size == key_length else key_stand_in + 1)
-        elif back == 2 and tensor.dtype == torch.bool and tensor.dim() == 2 and size != query_length:
-            shape.append(_batch(size, batch))  # a key padding mask, (B, K)
         elif back == 2:
             shape.append(query_stand_in if size == query_length else query_stand_in + 1)
         elif back == 4:
@@ -374,6 +372,13 @@ def _tensor_outline(tensor: Tensor, sizes: tuple[int, ...]) -> tuple[Any, ...]:
         else:
             shape.append(_static(size))
     return (tensor.dtype, tuple(shape[::-1]), tensor.requires_grad and torch.is_grad_enabled())
+
+
+def _padding_outline(keep: Tensor, sizes: tuple[int, ...]) -> tuple[Any, ...]:
+    """A key padding mask's, (B, K): its sizes are the batch and the keys, also where these are one or equal others."""
+    batch, _, key_length, _, key_stand_in = sizes
+    keys = key_stand_in if keep.shape[1] == key_length else key_stand_in + 1
+    return (keep.dtype, (_batch(keep.shape[0], batch), keys), False)
 
 
 class _Drawn:

@@ -46,7 +46,10 @@ def test_the_demo_prints_a_table(tmp_path):
     [
         (["--prompt", "a cat"], "go with --model"),
         (["--model", "no/such-model"], "needs at least one --prompt"),
-        (["--out", "/nowhere/at/all.png"], "no file in a folder that exists"),
+        (["--out", "/nowhere/at/all.png"], "no file in a folder that can be written"),
+        (["--device", "gpu"], "gpu is no device of this machine"),
+        (["--model", "/nowhere", "--prompt", "a"], "--model"),
+        (["--steps", "1001"], "--steps"),
         (["--steps", "1"], "greater than or equal to 2"),
     ],
 )

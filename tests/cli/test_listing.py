@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from typer.testing import CliRunner
 
 import heedful
@@ -32,3 +33,8 @@ def test_an_error_of_heedful_is_one_line_and_status_2():
     assert ended.returncode == 2
     assert "no backend is called 'flesh'" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_an_unknown_device_is_named():
+    with pytest.raises(heedful.InvalidArgument, match="device: got 'gpu'; give a device type of torch"):
+        heedful.list_backends("gpu")

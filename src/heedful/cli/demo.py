@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def demo(
     judge: Annotated[
         str | None, typer.Option(help="Whose pictures all are compared with: reference, or native_math with --model.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Denoising steps.")] = 25,
+    steps: Annotated[int, typer.Option(min=2, max=1000, help="Denoising steps.")] = 25,
     seed: Annotated[int, typer.Option(help="Of the noise, the same for every backend.")] = 0,
     each: Annotated[int, typer.Option(min=1, help="Pictures of each digit.")] = 10,
     device: Annotated[str | None, typer.Option(help="Torch device. The GPU if there is one.")] = None,
@@ -63,6 +64,7 @@ def demo(
     for name in (*(backend or []), *([judge] if judge else [])):
         if name != "auto":
             heedful.AttentionStrategyFactory.resolve(name)
+    _check_device(device)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if model is None:
         if prompt or revision:
@@ -95,8 +97,15 @@ def _check_installed() -> None:
 
 
 def _check_out(out: Path) -> None:
-    if out.is_dir() or not out.parent.is_dir():
-        raise typer.BadParameter(f"--out: {out} is no file in a folder that exists", param_hint="--out")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise typer.BadParameter(f"{out} is no file in a folder that can be written", param_hint="--out")
+
+
+def _check_device(device: str | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without that device
+        raise typer.BadParameter(f"{device} is no device of this machine: {error}", param_hint="--device") from error
 
 
 def _digits(each: int, steps: int, seed: int, device: str) -> _Show:
@@ -130,7 +139,7 @@ def _users_model(model: str, prompts: list[str], revision: str | None, steps: in
         pipeline = DiffusionPipeline.from_pretrained(
             model, revision=revision, local_files_only=revision is None, use_safetensors=True, **{_dtype_word(): dtype}
         ).to(device)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for what cannot be a Hub id
         remedy = (
             ""
             if revision

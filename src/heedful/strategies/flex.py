@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from heedful.masks import Mask
 from heedful.strategy import FLOATS, HALF, AttentionStrategy, Limits
 
 _CPU = Limits(
@@ -90,8 +92,11 @@ class FlexAttentionStrategy(AttentionStrategy):
             conditions.append(lambda b, h, q, k: keep[b, k])  # noqa: ARG005
         if dense is not None:
             conditions.append(_lookup(dense.expand(full)))
-        if block_mask is not None:
-            conditions.append(block_mask.mask_mod)
+        if block_mask is not None and (conditions or query.device.type == "cpu"):  # only alone is it compiled as it is
+            listed = Mask(block=block_mask).visible(*lengths, query.device)
+            assert listed is not None
+            conditions.append(_lookup(listed.expand(full)))
+            block_mask = None
         score = _score(softcap, None if bias is None else _lookup(bias.expand(full)))
         run = _eager if query.device.type == "cpu" else _compiled
         return run(query, key, value, score, conditions, block_mask, scale, enable_gqa, return_lse, kernel_options)
@@ -115,6 +120,8 @@ def _eager(
 
     if torch._C._functorch.maybe_current_level() is not None:  # the operator's own error there is a bare KeyError
         raise NotImplementedError("flex: torch.func transforms do not pass through it; use native_math or reference")
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in (query, key, value)):
+        raise NotImplementedError("flex: no forward-mode gradient passes through it; use native_math or reference")
     query, key, value = query.detach(), key.detach(), value.detach()  # it refuses inputs that could want a gradient
     block = list(flex._create_empty_block_mask(query, key).as_tuple())
     if conditions:
@@ -139,7 +146,7 @@ def _compiled(
 ) -> Tensor | tuple[Tensor, Tensor]:
     from torch.nn.attention import flex_attention as flex
 
-    if conditions and (block_mask is None or len(conditions) > 1):
+    if conditions:
         sizes = (query.shape[0], query.shape[1], query.shape[-2], key.shape[-2])
         block_mask = flex.create_block_mask(flex.and_masks(*conditions), *sizes, device=str(query.device))
     call: Any = flex.flex_attention if torch.compiler.is_compiling() else _compile_once()
