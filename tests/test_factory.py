@@ -142,6 +142,14 @@ def test_an_alias_can_take_over_a_name(factory):
     assert factory.resolve("native") == "thief"
 
 
+def test_a_thread_that_still_makes_a_replaced_strategy_does_not_keep_it(factory):
+    factory.register_strategy("mine", Mine)
+    late = factory.create_strategy("mine")
+    factory.register_strategy("mine", Yours, replace=True)
+    factory._made["mine"] = late
+    assert type(factory.create_strategy("mine")) is Yours
+
+
 def test_a_replaced_strategy_leaves_no_alias_behind(factory):
     factory.register_strategy("mine", Mine)
     factory.register_strategy("mine", Yours, replace=True)

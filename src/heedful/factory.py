@@ -94,7 +94,10 @@ class AttentionStrategyFactory:
     def create_strategy(self, name: str) -> AttentionStrategy:
         """A strategy by its name or alias. Raises UnknownBackend with the closest names."""
         name = self.resolve(name)
-        return self._made.get(name) or self._made.setdefault(name, self._make(name))
+        made = self._made.get(name)
+        if type(made) is not self._classes[name]:  # none yet, or one that another thread made of a replaced class
+            made = self._made[name] = self._make(name)
+        return made
 
     @_OnDefault
     def resolve(self, name: str, origin: str = "backend") -> str:
