@@ -98,8 +98,10 @@ class FlexAttentionStrategy(AttentionStrategy):
             conditions.append(_lookup(listed.expand(full)))
             block_mask = None
         score = _score(softcap, None if bias is None else _lookup(bias.expand(full)))
-        run = _eager if query.device.type == "cpu" else _compiled
-        return run(query, key, value, score, conditions, block_mask, scale, enable_gqa, return_lse, kernel_options)
+        given = (query, key, value, score, conditions)
+        if query.device.type == "cpu":
+            return _eager(*given, scale, return_lse, kernel_options)
+        return _compiled(*given, block_mask, scale, enable_gqa, return_lse, kernel_options)
 
 
 def _eager(
@@ -108,9 +110,7 @@ def _eager(
     value: Tensor,
     score: Callable[..., Tensor] | None,
     conditions: list[Callable[..., Tensor]],
-    _block_mask: Any,
     scale: float | None,
-    _enable_gqa: bool,
     return_lse: bool,
     kernel_options: dict[str, Any] | None,
 ) -> Tensor | tuple[Tensor, Tensor]:

@@ -34,5 +34,5 @@ class NativeAttentionStrategy(AttentionStrategy):
     # kernel that torch picks, so the rows are set to zero for it.
     limits = (replace(_EVERYWHERE, devices=("cpu",), empty_rows=frozenset({"output"})), _EVERYWHERE)
 
-    # The very function: a wrapper would cost 0.5 us a call.
+    # The very function: a wrapper would cost 0.4 us a call.
     compute_attention = staticmethod(torch.nn.functional.scaled_dot_product_attention)
