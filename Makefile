@@ -1,6 +1,6 @@
 # Everything starts here: `make demo` and `make test` set themselves up, in .venv and nowhere else.
 #
-#   make test ARGS="-k masks -x"        hands ARGS to pytest; likewise for demo, bench, check, check-all
+#   make test ARGS="-k masks -x"        hands ARGS to pytest; likewise for demo, bench, gpu-test, check, check-all
 #   make setup PYTHON=python3.12        makes .venv with another Python (>= 3.10)
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup       torch without CUDA, much smaller
 
@@ -16,7 +16,7 @@ PYTEST := $(PY) -m pytest -n $(WORKERS) --maxprocesses=4 --dist=worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check check-all lint bench clean
+.PHONY: help setup demo test gpu-test check check-all lint bench clean
 
 help:  ## print this list
 	@awk -F ':.*## +' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,10 +27,13 @@ demo: $(STAMP)  ## draw digits by diffusion, by every backend that this machine 
 	@$(VENV)/bin/heedful demo $(ARGS)
 
 # Each worker is a process: one thread each, or they fight over the cores.
-test check check-all: export OMP_NUM_THREADS ?= 1
+test gpu-test check check-all: export OMP_NUM_THREADS ?= 1
 
 test: $(STAMP)  ## run the tests, without the slow proofs
 	@$(PYTEST) -m "not slow" $(ARGS)
+
+gpu-test: $(STAMP)  ## run the contract on the GPU here, and write benchmarks/results/<device>/contract.json
+	@$(PYTEST) tests/gpu --record benchmarks/results -m "gpu and not slow" $(ARGS)
 
 check: lint  ## ruff, mypy and the tests without the slow proofs: what CI runs
 	@$(PYTEST) -m "not slow" $(ARGS)
@@ -43,8 +46,10 @@ lint: $(STAMP)
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
 
-bench: $(STAMP)  ## what a call costs over SDPA, beside diffusers' dispatcher
-	@$(PY) benchmarks/overhead.py $(ARGS)
+BENCHMARKS := overhead routing import_time padding masks lowerings
+
+bench: $(STAMP)  ## measure what calls, masks and rewrites cost, one benchmark after the other (ARGS="--quick" tries them)
+	@status=0; for name in $(BENCHMARKS); do $(PY) benchmarks/$$name.py $(ARGS) || status=1; done; exit $$status
 
 clean:  ## remove caches and builds (.venv stays: rm -rf .venv removes it)
 	@rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -2,16 +2,16 @@
 
 Rounds are interleaved, so that another program's load falls on both.
 
-    python benchmarks/import_time.py [--rounds 7] [--json]
+    python benchmarks/import_time.py [--rounds 7] [--quick] [--json] [--out FOLDER | --no-save]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import subprocess
 import sys
+
+from measuring import Bar, Figures, Times, finish, machine, options, parsed
+from rich.table import Table
 
 TARGET_MS = 50.0
 STATEMENTS = {"torch": "import torch", "torch, heedful": "import torch; import heedful"}
@@ -19,35 +19,37 @@ TIMED = "import time; start = time.perf_counter(); {statement}; print(time.perf_
 
 
 def once(statement: str) -> float:
-    """Milliseconds that a statement takes in a process of its own."""
+    """Microseconds that a statement takes in a process of its own."""
     command = [sys.executable, "-c", TIMED.format(statement=statement)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) * 1e3
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) * 1e6
 
 
-def main() -> int:
-    """Measure and print; the exit status is 1 where the target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", action="store_true")
-    wanted = parser.parse_args()
-
-    for statement in STATEMENTS.values():  # fills the file cache, and writes the byte code
-        once(statement)
-    times: dict[str, list[float]] = {name: [] for name in STATEMENTS}
-    for _ in range(max(5, wanted.rounds)):
-        for name, statement in STATEMENTS.items():
-            times[name].append(once(statement))
-    medians = {name: statistics.median(figures) for name, figures in times.items()}
-    added = medians["torch, heedful"] - medians["torch"]
-    if wanted.json:
-        print(
-            json.dumps({"median_ms": medians, "added_ms": added, "target_ms": TARGET_MS, "times_ms": times}, indent=2)
-        )
-    else:
-        for name, median in medians.items():
-            print(f"import {name:<16} {median:7.1f} ms   ({min(times[name]):.1f} to {max(times[name]):.1f})")
-        print(f"heedful adds {added:18.1f} ms   (at most {TARGET_MS:.0f} is wanted)")
-    return int(added > TARGET_MS)
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, save; the exit status is 1 where the target is missed."""
+    wanted = parsed(options(__doc__, rounds=7), arguments)
+    times: Times = {name: [] for name in STATEMENTS}
+    with Bar() as bar:
+        bar.expect(wanted.rounds)
+        for statement in () if wanted.quick else STATEMENTS.values():  # fills the file cache, writes the byte code
+            once(statement)
+        for _ in range(wanted.rounds):
+            for name, statement in STATEMENTS.items():
+                times[name].append(once(statement))
+            bar.step()
+    figures = {name: Figures.of(rounds) for name, rounds in times.items()}
+    added = (figures["torch, heedful"].median_us - figures["torch"].median_us) / 1e3
+    table = Table("import", "median ± half the quartile gap", caption=f"at most {TARGET_MS:.0f} ms more are wanted")
+    for name, one in figures.items():
+        table.add_row(name, str(one))
+    table.add_row("added by heedful", f"{added:.1f} ms")
+    record = {
+        "machine": machine(),
+        "figures": {name: one._asdict() for name, one in figures.items()},
+        "added_ms": added,
+        "target_ms": TARGET_MS,
+    }
+    finish("import_time", record, [table], wanted)
+    return int(added > TARGET_MS and not wanted.quick)
 
 
 if __name__ == "__main__":

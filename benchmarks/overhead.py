@@ -5,30 +5,23 @@ tensors that lie right already, SDPA with the transposes that a (B, S, H, D) mod
 ``dispatch_attention_fn``, and ``heedful.attention(..., layout="BSHD")``. Each must give SDPA's numbers before it is
 timed. The ratio is what heedful adds over the transposes, by what diffusers adds; at most 0.65 is wanted.
 
-    python benchmarks/overhead.py [--rounds 25] [--json] [--out FOLDER | --no-save]
+    python benchmarks/overhead.py [--rounds 25] [--quick] [--json] [--out FOLDER | --no-save]
 
 Shapes: B batch, S length, H heads, D head dim; query, key and value are alike.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import platform
+import math
 import statistics
 import sys
-import timeit
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from rich.console import Console
+from measuring import Bar, Call, Figures, Times, check_alike, finish, machine, measure, options, parsed
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -38,8 +31,6 @@ import heedful
 SHAPE_BSHD = (1, 8, 2, 16)
 TARGET = 0.65
 WAYS = ("sdpa", "transposes", "diffusers", "heedful")  # "transposes": SDPA with them
-
-Call = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,16 +43,16 @@ class Row:
     ratio: float
 
     @classmethod
-    def of(cls, setting: str, times: dict[str, list[float]]) -> Row:
+    def of(cls, setting: str, times: Times) -> Row:
         """The row of each way's rounds. The ratio is a median too: of the rounds, each by itself."""
         rounds = zip(*(times[way] for way in WAYS[1:]), strict=True)
         ratios = [(ours - bare) / (theirs - bare) for bare, theirs, ours in rounds if theirs > bare]
-        quartiles = {way: statistics.quantiles(times[way], n=4) for way in WAYS}
+        figures = {way: Figures.of(times[way]) for way in WAYS}
         return cls(
             setting,
-            {way: statistics.median(times[way]) for way in WAYS},
-            {way: (high - low) / 2 for way, (low, _, high) in quartiles.items()},
-            statistics.median(ratios),
+            {way: one.median_us for way, one in figures.items()},
+            {way: one.spread_us for way, one in figures.items()},
+            statistics.median(ratios) if ratios else math.inf,
         )
 
 
@@ -105,24 +96,10 @@ def ways(query: Tensor, key: Tensor, value: Tensor, plain: Any = None, theirs: A
 
     calls = {"sdpa": bare, "transposes": transposed, "diffusers": diffusers, "heedful": ours_}
     wanted = transposed()
-    torch.testing.assert_close(bare().transpose(1, 2), wanted)
+    check_alike("sdpa", bare().transpose(1, 2), wanted)
     for way in ("diffusers", "heedful"):
-        torch.testing.assert_close(calls[way](), wanted)
+        check_alike(way, calls[way](), wanted)
     return calls
-
-
-def measure(calls: dict[str, Call], rounds: int, number: int) -> dict[str, list[float]]:
-    """Microseconds a call, one figure a round and way. Every round times all ways, each time in another order."""
-    timers = {way: timeit.Timer(call) for way, call in calls.items()}
-    times: dict[str, list[float]] = {way: [] for way in calls}
-    for timer in timers.values():
-        timer.timeit(number)
-    order = list(calls)
-    for _ in range(rounds):
-        order.append(order.pop(0))
-        for way in order:
-            times[way].append(timers[way].timeit(number) / number * 1e6)
-    return times
 
 
 def table(rows: list[Row]) -> Table:
@@ -141,56 +118,28 @@ def table(rows: list[Row]) -> Table:
     return drawn
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "cpu": names[0] if names else platform.processor(),
-        "cores": torch.multiprocessing.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "diffusers", "heedful")},
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def save(name: str, record: dict[str, Any], folder: Path | None) -> Path:
-    """Write a record into the folder, by default that of this machine's size, and say where."""
-    folder = folder or Path(__file__).parent / "results" / f"cpu-{record['machine']['cores']}core"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    return path
-
-
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Measure, print, save; the exit status is 1 where the plain no_grad call misses the target."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--number", type=int, default=2000, help="calls a round")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--out", type=Path, help="folder of the record")
-    parser.add_argument("--no-save", action="store_true")
-    wanted = parser.parse_args()
+    parser = options(__doc__, rounds=25)
+    parser.add_argument("--number", type=int, help="calls a round (default 2000, with --quick 50)")
+    wanted = parsed(parser, arguments)
 
-    rows = []
-    for setting, (grad, calls) in settings().items():
-        with nullcontext() if grad else torch.no_grad():
-            rows.append(Row.of(setting, measure(calls, wanted.rounds, wanted.number)))
-    record = {"machine": machine(), "shape_bshd": SHAPE_BSHD, "target": TARGET, "rows": [asdict(row) for row in rows]}
-    console = Console()
-    if wanted.json:
-        print(json.dumps(record, indent=2))
-    else:
-        console.print(table(rows))
-    if not wanted.no_save:
-        print(f"written to {save('overhead', record, wanted.out)}", file=sys.stderr)
-    return int(rows[0].ratio > TARGET)
+    rows, number = [], wanted.number or (50 if wanted.quick else 2000)
+    with Bar() as bar:
+        every = settings()
+        bar.expect(len(every) * wanted.rounds)
+        for setting, (grad, calls) in every.items():
+            bar.at(setting)
+            with nullcontext() if grad else torch.no_grad():
+                rows.append(Row.of(setting, measure(calls, wanted.rounds, number, bar)))
+    record = {
+        "machine": machine("diffusers"),
+        "shape_bshd": SHAPE_BSHD,
+        "target": TARGET,
+        "rows": [asdict(row) for row in rows],
+    }
+    finish("overhead", record, [table(rows)], wanted)
+    return int(rows[0].ratio > TARGET and not wanted.quick)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from heedful import (
     UnknownBackend,
 )
 from heedful import dispatch as module
-from heedful.strategy import ALL_MASKS
+from heedful.sources import Hub, Package
+from heedful.strategy import ALL_MASKS, Pin
 
 
 def randn(*shape):
@@ -483,6 +484,7 @@ def test_every_kind_of_mask_reaches_some_backend(dispatcher, naive_attention):
         "bias": torch.zeros(5, 5).masked_fill(~seen, float("-inf")),
         "block": create_block_mask(lambda b, h, q, k: q >= k, None, None, 5, 5, device="cpu"),
         "key_padding": Causal() & KeyPadding(torch.ones(1, 5, dtype=torch.bool)),
+        "query_padding": Causal() & KeyPadding(*torch.ones(2, 1, 5, dtype=torch.bool).unbind()),
         "varlen": heedful.Varlen(torch.tensor([0, 2, 5])),
     }
     assert set(masks) == ALL_MASKS
@@ -492,6 +494,122 @@ def test_every_kind_of_mask_reaches_some_backend(dispatcher, naive_attention):
         out = dispatcher.attention(tensor, tensor, tensor, mask)
         expected, _ = naive_attention(tensor, tensor, tensor, seen=keep)
         torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "native", "native_math", "native_flash", "flex"])
+@pytest.mark.parametrize("analyse", [True, False])
+def test_padded_queries_get_zeros_and_hidden_keys_no_weight(factory, naive_attention, backend, analyse):
+    dispatcher = AttentionDispatcher(factory, policy=Policy(analyse=analyse))
+    keys, rows = torch.ones(2, 7, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool)
+    keys[0, 4:], keys[1, 2], rows[0, 3:], rows[1, 0] = False, False, False, False
+    seen = keys[:, None, None, :] & rows[:, None, :, None]
+    expected, _ = naive_attention(QUERY, KEY, KEY, seen=seen)
+    out = dispatcher.attention(QUERY, KEY, KEY, KeyPadding(keys, queries=rows), backend=backend)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    assert (out.transpose(1, 2)[~rows] == 0).all()
+
+
+# Names that pin something
+
+
+class FromAfar(AttentionStrategy):
+    """SDPA in one layout or the other, from a package or the Hub; notes the layouts."""
+
+    aliases = {"afar_packed": Pin(layouts=("BSHD",)), "afar_hub": Pin(source="hub"), "afar_too": Pin()}
+    sources = (Package("math", ("sqrt",)), Hub("someone/attention", 3, ("sqrt",)))
+    limits = Limits(devices=("cpu",), layouts=("BHSD", "BSHD"))
+    seen: list = []
+
+    def compute_attention(self, query, key, value):
+        assert self.kernels.sqrt(4) == 2
+        self.seen.append(self.name)
+        if self.pin.layouts == ("BSHD",):
+            return self.compute_transposed(query, key, value)
+        return F.scaled_dot_product_attention(query, key, value)
+
+    @staticmethod
+    def compute_transposed(*tensors):
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in tensors)).transpose(1, 2)
+
+
+@pytest.fixture
+def from_afar(factory):
+    """The strategy, registered; what it noted, its trials left out."""
+    factory.register_strategy("afar", FromAfar)
+    warm = AttentionDispatcher(factory, policy=Policy())
+    for name in ("afar", "afar_packed"):
+        assert warm.explain(QUERY, KEY, KEY, backend=name).backend == name
+    FromAfar.seen.clear()
+    return FromAfar.seen
+
+
+def test_a_name_that_pins_something_is_a_backend(dispatcher, from_afar):
+    expected = F.scaled_dot_product_attention(QUERY, KEY, KEY)
+    for name in ("afar_packed", ["native_cudnn", "afar_packed", "native"]):
+        torch.testing.assert_close(dispatcher.attention(QUERY, KEY, KEY, backend=name), expected)
+        plan = dispatcher.explain(QUERY, KEY, KEY, backend=name)
+        assert plan.backend == "afar_packed"
+        assert "* afar_packed       takes it after layout (mends layout)" in str(plan)
+    with dispatcher.attention_backend("afar_packed"):
+        torch.testing.assert_close(dispatcher.attention(QUERY, KEY, KEY), expected)
+    with dispatcher.attention_backend(["afar_hub", "afar_packed"]):
+        torch.testing.assert_close(dispatcher.attention(QUERY, KEY, KEY), expected)
+    assert from_afar == ["afar_packed"] * 4
+    torch.testing.assert_close(dispatcher.dispatch("afar_too", query=QUERY, key=KEY, value=KEY), expected)
+    assert from_afar[-1] == "afar"
+
+
+def test_a_name_that_pins_something_in_the_environment(factory, from_afar):
+    for text, chosen in (
+        ("afar_packed", "afar_packed"),
+        ("afar_hub, afar_packed", "afar_packed"),
+        ("afar_too", "afar"),
+    ):
+        by_environment = AttentionDispatcher(factory, policy=Policy.from_environment({"HEEDFUL_BACKEND": text}))
+        plan = by_environment.explain(QUERY, KEY, KEY)
+        assert (plan.backend, plan.origin) == (chosen, "HEEDFUL_BACKEND")
+
+
+def test_a_pinned_source_that_lacks_is_refused_by_its_name(dispatcher, from_afar, monkeypatch):
+    monkeypatch.delenv("LOCAL_KERNELS", raising=False)
+    with pytest.raises(Refused, match=r"afar_hub refuses: (download is not allowed|package is kernels not installed)"):
+        dispatcher.attention(QUERY, KEY, KEY, backend="afar_hub")
+    assert dispatcher.explain(QUERY, KEY, KEY, backend=["afar_hub", "afar"]).backend == "afar"
+
+
+def test_names_that_pin_something_are_no_part_of_auto(dispatcher, from_afar):
+    names = [verdict.name for verdict in dispatcher.explain(QUERY, KEY, KEY).verdicts]
+    assert "afar" in names
+    assert not set(names) & set(FromAfar.aliases)
+
+
+def test_the_table_knows_names_that_pin_something(dispatcher, from_afar):
+    table = dispatcher.list_backends("cpu")
+    assert table["afar_packed"] is table["afar"]
+    assert set(FromAfar.aliases) == set(table["afar"].aliases)
+
+
+def test_an_unknown_name_close_to_one_that_pins_something(dispatcher, from_afar):
+    for ask in (
+        lambda: dispatcher.attention(QUERY, KEY, KEY, backend="afar_pack"),
+        lambda: dispatcher.explain(QUERY, KEY, KEY, backend=["native", "afar_pack"]),
+        lambda: dispatcher.attention_backend("afar_pack"),
+        lambda: dispatcher.list_backends("cpu")["flash_hubb"],
+    ):
+        with pytest.raises(UnknownBackend, match=r"did you mean '(afar_packed|flash)"):
+            ask()
+
+
+def test_a_plan_for_a_machine_one_does_not_have_supposes_its_packages(factory):
+    away = AttentionDispatcher(factory, Facts.pretend("sm_90"), Policy())
+    half = torch.zeros(1, 2, 5, 64, dtype=torch.float16)
+    problem = heedful.AttentionProblem(
+        batch=1, heads=2, kv_heads=2, query_length=5, key_length=5, head_dim=64, value_dim=64, dtype=half.dtype,
+        device="cuda", capability=(9, 0), architecture="sm_90",
+    )  # fmt: skip
+    for name in ("flash", "flash_hub", "flash_varlen"):
+        assert away.plan(problem, name).backend == name
+    assert "kernels" not in away.factory.create_strategy("flash").__dict__
 
 
 @pytest.mark.parametrize("backend", ["reference", "native", "flex"])

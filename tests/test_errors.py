@@ -7,6 +7,7 @@ import pytest
 
 from heedful import AttentionProblem, Refusal, errors
 from heedful.errors import (
+    CannotLoad,
     HeedfulError,
     InvalidArgument,
     NothingCovered,
@@ -33,6 +34,7 @@ TREE = {
     RegistrationError: ValueError,
     Refused: RuntimeError,
     NothingCovered: RuntimeError,
+    CannotLoad: ImportError,
 }
 
 
@@ -67,6 +69,14 @@ def test_an_unknown_backend_names_the_closest_and_all():
 
 def test_an_unknown_backend_that_resembles_none_makes_no_guess():
     assert "did you mean" not in str(UnknownBackend("§§", ["native", "flash"]))
+
+
+def test_the_text_of_what_cannot_be_loaded_is_kept():
+    """Sources raise it and the dispatcher turns it into a refusal; a strategy that is used alone lets it through."""
+    error = CannotLoad("xformers.ops cannot be loaded: OSError: libcudart.so.11.0")
+    assert isinstance(error, HeedfulError)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy)) == (CannotLoad, str(error))
 
 
 def test_refused_holds_the_problem_and_every_reason():

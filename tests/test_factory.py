@@ -1,10 +1,12 @@
 """The registry: what it finds, what it refuses, and plug-ins from a package that stands beside this file."""
 
+import importlib
 import json
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from heedful import (
     AttentionDispatcher,
@@ -18,7 +20,9 @@ from heedful import (
 from heedful import (
     factory as registry,
 )
+from heedful.sources import Hub, Package
 from heedful.strategies.native import NativeAttentionStrategy
+from heedful.strategy import Pin
 
 PLUGINS = Path(__file__).parent / "plugin_package"
 
@@ -40,8 +44,44 @@ class Yours(Mine):
 
 
 def test_the_shipped_strategies_are_found_by_scanning(factory):
-    shipped = {path.stem for path in Path(registry.__file__).parent.joinpath("strategies").glob("[!_]*.py")}
-    assert set(factory.strategies()) == shipped
+    """Each file holds at least one, and the first word of the file's name is the first of theirs."""
+    folder = Path(registry.__file__).parent / "strategies"
+    found: dict = {}
+    for name, strategy in factory.strategies().items():
+        found.setdefault(type(strategy).__module__, []).append(name)
+    assert set(found) == {f"heedful.strategies.{path.stem}" for path in folder.glob("[!_]*.py")}
+    for module, names in found.items():
+        assert {name.split("_")[0] for name in names} == {module.rpartition(".")[2].split("_")[0]}
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("flash", "FlashAttentionStrategy"),
+        ("native", "NativeAttentionStrategy"),
+        ("xformers", "XFormersAttentionStrategy"),
+        ("reference", "ReferenceAttentionStrategy"),
+    ],
+)
+def test_strategies_can_be_imported_and_registered_by_hand(module, name):
+    kind = getattr(importlib.import_module(f"heedful.strategies.{module}"), name)
+    assert kind.name == module
+    empty = AttentionStrategyFactory((), plugins=False)
+    empty.register_strategy(kind.name, kind)
+    assert type(empty.create_strategy(kind.name)) is kind
+
+
+def test_a_strategy_in_three_lines_is_registered_made_and_dispatched_to(factory):
+    class FakeAttentionStrategy(AttentionStrategy):
+        def compute_attention(self, query, key, value, **kwargs):
+            return value + 1
+
+    factory.register_strategy("fake", FakeAttentionStrategy)
+    made = factory.create_strategy("fake")
+    assert (type(made), made.name) == (FakeAttentionStrategy, "fake")
+    zeros = torch.zeros(1, 2, 3, 8)
+    out = AttentionDispatcher(factory).dispatch("fake", query=zeros, key=zeros, value=zeros)
+    assert torch.equal(out, torch.ones(1, 2, 3, 8))
 
 
 def test_strategies_are_in_the_order_of_their_names_and_read_only(factory):
@@ -49,6 +89,27 @@ def test_strategies_are_in_the_order_of_their_names_and_read_only(factory):
     assert list(found) == sorted(found)
     with pytest.raises(TypeError):
         found["x"] = Mine()
+
+
+def test_the_mapping_has_one_entry_for_each_strategy_and_knows_other_names(factory):
+    factory.register_strategy("pinned", Pinned)
+    found = factory.strategies()
+    assert len(found) == len(list(found)) == len(set(found))
+    assert "pinned_packed" not in list(found)
+    assert "pinned_packed" in found
+    assert found["pinned_packed"] is factory.create_strategy("pinned_packed")
+    assert found["pinned_too"] is found["pinned"]
+    assert found.get("nothing") is None
+    assert None not in found
+    with pytest.raises(KeyError, match="nothing"):
+        found["nothing"]
+
+
+def test_the_mapping_is_of_its_moment(factory):
+    before = factory.strategies()
+    factory.register_strategy("mine", Mine)
+    assert "mine" not in list(before)
+    assert "mine" in list(factory.strategies())
 
 
 def test_nothing_is_scanned_before_it_is_asked_for():
@@ -102,6 +163,107 @@ def test_first_calls_from_many_threads_all_find_everything():
     for thread in threads:
         thread.join()
     assert found == ["reference"] * 8
+
+
+# Other names that pin something
+
+
+class Pinned(Mine):
+    name = "pinned"
+    aliases = {"pinned_too": Pin(), "pinned_packed": Pin(layouts=("THD",)), "pinned_hub": Pin(source="hub")}
+    sources = (Package("mine", ("f",)), Hub("someone/mine", 1, ("f",)))
+
+
+def test_a_name_that_pins_something_stands_for_itself(factory):
+    factory.register_strategy("pinned", Pinned)
+    assert [factory.resolve(name) for name in ("pinned", *Pinned.aliases)] == [
+        "pinned", "pinned", "pinned_packed", "pinned_hub",
+    ]  # fmt: skip
+    plain, packed, hub = (factory.create_strategy(name) for name in ("pinned_too", "pinned_packed", "pinned_hub"))
+    assert plain is factory.create_strategy("pinned")
+    assert (plain.pin, packed.pin, hub.pin) == (Pin(), Pin(layouts=("THD",)), Pin(source="hub"))
+    assert (plain.name, packed.name, hub.name) == ("pinned", "pinned_packed", "pinned_hub")
+    assert packed.limits_for("cpu").layouts == ("THD",)
+    assert Pinned.pin == Pin()
+    for name in Pinned.aliases:
+        assert factory.create_strategy(name) is factory.create_strategy(name)
+
+
+def test_shipped_names_that_pin_something_are_there(factory):
+    strategies = factory.strategies()
+    pinned = {alias: pin for one in strategies.values() for alias, pin in one.pins().items() if pin != Pin()}
+    assert {"flash_hub", "flash_varlen", "flash_varlen_hub"} <= set(pinned)
+    for alias, pin in pinned.items():
+        made = factory.create_strategy(alias)
+        assert (factory.resolve(alias), made.name, made.pin) == (alias, alias, pin)
+
+
+@pytest.mark.parametrize("name", ["pinned", *Pinned.aliases])
+def test_a_strategy_is_forgotten_by_any_of_its_names(factory, name):
+    factory.register_strategy("pinned", Pinned)
+    for one in ("pinned", *Pinned.aliases):
+        factory.create_strategy(one)
+    factory.unregister_strategy(name)
+    for one in ("pinned", *Pinned.aliases):
+        with pytest.raises(UnknownBackend):
+            factory.create_strategy(one)
+    assert not set(factory._made) & {"pinned", *Pinned.aliases}
+
+
+@pytest.mark.parametrize("taken", ["pinned_hub", "pinned_too"])
+def test_a_name_can_take_over_another_name_of_a_strategy(factory, taken):
+    factory.register_strategy("pinned", Pinned)
+    factory.create_strategy(taken)
+    with pytest.raises(RegistrationError, match=f"'{taken}' is taken"):
+        factory.register_strategy(taken, Yours)
+    factory.register_strategy(taken, Yours, replace=True)
+    assert factory.resolve(taken) == taken
+    assert type(factory.create_strategy(taken)) is type(factory.strategies()[taken]) is Yours
+    assert factory.create_strategy(taken).pin == Pin()
+    assert type(factory.create_strategy("pinned_packed")) is Pinned
+
+
+def test_another_name_can_take_over_another_name(factory):
+    factory.register_strategy("pinned", Pinned)
+    before = factory.create_strategy("pinned_packed")
+    heir = type("Heir", (Pinned,), {"aliases": {"pinned_packed": Pin(source="hub")}})
+    factory.register_strategy("heir", heir, replace=True)
+    made = factory.create_strategy("pinned_packed")
+    assert (type(made), made.pin) == (heir, Pin(source="hub"))
+    assert made is not before
+    factory.unregister_strategy("heir")
+    with pytest.raises(UnknownBackend):
+        factory.resolve("pinned_packed")
+    assert factory.resolve("pinned_hub") == "pinned_hub"
+
+
+def test_after_a_replacement_pinned_names_are_made_of_the_new_class(factory):
+    factory.register_strategy("pinned", Pinned)
+    factory.create_strategy("pinned_packed")
+    factory.register_strategy("pinned", type("Newer", (Pinned,), {}), replace=True)
+    assert type(factory.create_strategy("pinned_packed")).__name__ == "Newer"
+
+
+@pytest.mark.parametrize(
+    ("aliases", "words"),
+    [
+        ("mine_too", r"aliases: got 'mine_too'; give a tuple of names"),
+        ({"x": None}, r"alias 'x': got None; give a Pin"),
+        ({"x": "hub"}, r"alias 'x': got 'hub'; give a Pin"),
+        ({"x": Pin(source="hub")}, r"alias 'x': pins source 'hub'; its sources are none"),
+        ({"auto": Pin(layouts=("THD",))}, r"got 'auto'; give a non-empty name"),
+    ],
+)
+def test_other_names_that_stand_for_nothing_are_refused(factory, aliases, words):
+    before = dict(factory.strategies())
+    with pytest.raises(RegistrationError, match=words):
+        factory.register_strategy("x_by_itself", type("Odd", (Mine,), {"aliases": aliases}))
+    assert dict(factory.strategies()) == before
+
+
+def test_an_unknown_name_is_met_with_names_that_pin_something(factory):
+    with pytest.raises(UnknownBackend, match=r"did you mean 'flash_hub'"):
+        factory.resolve("flash_hubb")
 
 
 # Registered

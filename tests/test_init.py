@@ -12,8 +12,9 @@ import heedful
 
 # What a plain `import heedful` must never load, beyond what torch itself has loaded.
 OPTIONAL = {
-    "PIL", "diffusers", "filelock", "hypothesis", "kernels", "numpy", "platformdirs", "pytest", "rich", "safetensors",
-    "sklearn", "transformers", "triton", "typer",
+    "PIL", "aiter", "comfy", "diffusers", "filelock", "flash_attn", "flash_attn_interface", "huggingface_hub",
+    "hypothesis", "kernels", "numpy", "platformdirs", "pytest", "rich", "safetensors", "sageattention", "sageattn3",
+    "sklearn", "torch_npu", "torch_xla", "transformers", "triton", "typer", "xformers",
 }  # fmt: skip
 HEAVY = {"torch._dynamo", "torch._inductor", "torch.nn.attention.flex_attention", "torch._higher_order_ops"}
 
@@ -54,6 +55,22 @@ def test_importing_loads_heedfuls_own_modules_and_a_few_of_the_standard_library(
     assert len(set(loaded["imported"]) - own) <= 8, sorted(set(loaded["imported"]) - own)
     for lazy in ("strategies", "integrations", "testing", "cli", "demo", "cases"):
         assert within(own, {f"heedful.{lazy}"}) == set()
+
+
+def test_explaining_and_listing_on_a_cpu_loads_nothing_optional_either(fresh_python):
+    script = """
+import json, sys
+import torch
+before = set(sys.modules)
+import heedful
+one = torch.ones(1, 1, 2, 8)
+heedful.explain(one, one, one)
+heedful.list_backends("cpu")
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    ended = fresh_python(script)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert within(json.loads(ended.stdout), OPTIONAL) == set()
 
 
 def test_strategies_are_loaded_by_the_first_call(loaded):

@@ -92,7 +92,8 @@ def test_torchs_own_samples(opinfo: Any, backend: str, dtype: torch.dtype, wants
         if words["dropout_p"]:  # one generator, asked for as many numbers in the same order: the same weights drop
             near(got, theirs, [tensor.double() for tensor in theirs], dtype)
             continue
-        if backend == "native" and len({tensor.shape[:-2] for tensor in tensors}) == 1 and tensors[0].dim() == 4:
+        as_it_is = backend == "native" and dtype != torch.float16  # which native has upcast on a CPU
+        if as_it_is and len({tensor.shape[:-2] for tensor in tensors}) == 1 and tensors[0].dim() == 4:
             torch.testing.assert_close(got, theirs, rtol=0, atol=0)
             continue
         exact = answers(sdpa, tuple(map(doubled, tensors)), {name: doubled(value) for name, value in words.items()})

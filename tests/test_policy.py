@@ -41,6 +41,30 @@ def test_the_process_environment_is_read_where_none_is_given(monkeypatch):
     assert Policy.from_environment().default == "flex"
 
 
+@pytest.mark.parametrize(
+    ("environ", "downloads", "analyse"),
+    [
+        ({}, False, True),
+        ({"HEEDFUL_DOWNLOADS": "1"}, True, True),
+        ({"HEEDFUL_DOWNLOADS": " Yes "}, True, True),
+        ({"HEEDFUL_DOWNLOADS": "0"}, False, True),
+        ({"HEEDFUL_ANALYSE": "0"}, False, False),
+        ({"HEEDFUL_ANALYSE": " 0 "}, False, False),
+        ({"HEEDFUL_ANALYSE": "1"}, False, True),
+        ({"HEEDFUL_ANALYSE": ""}, False, True),
+    ],
+)
+@pytest.mark.parametrize("backend", [None, "flex", "flex,native"])
+def test_what_the_environment_allows(environ, downloads, analyse, backend):
+    policy = Policy.from_environment(environ | ({} if backend is None else {"HEEDFUL_BACKEND": backend}))
+    assert (policy.downloads, policy.analyse) == (downloads, analyse)
+    assert (policy.default == "auto") is (backend is None)
+
+
+def test_nothing_is_downloaded_by_default_and_masks_are_looked_at():
+    assert (Policy().downloads, Policy().analyse) == (False, True)
+
+
 @pytest.mark.parametrize(("backend", "wish"), [("a", "a"), (["a", "b"], ("a", "b")), (("a",), ("a",))])
 def test_a_backend_as_a_wish(backend, wish):
     assert as_wish(backend) == wish
@@ -99,6 +123,11 @@ def test_a_scope_of_an_unknown_backend_is_refused_before_it_begins(dispatcher):
 def test_a_scope_knows_a_strategy_by_its_alias(dispatcher):
     with dispatcher.attention_backend(["_native_math", "auto"]):
         assert current_wish() == ("native_math", "auto")
+
+
+def test_a_scope_keeps_an_alias_that_pins_something(dispatcher):
+    with dispatcher.attention_backend(["flash_hub", "auto"]):
+        assert current_wish() == ("flash_hub", "auto")
 
 
 def test_a_wish_in_the_environment_for_an_unknown_backend_names_the_variable(factory):

@@ -1,6 +1,7 @@
 """The problem: a value that survives JSON, and the shapes that make one."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heedful import AttentionProblem, Causal, InvalidArgument, KeyPadding, Varlen
+from heedful import AttentionProblem, Causal, InvalidArgument, KeyPadding, SlidingWindow, Varlen, attention
 from heedful.facts import DeviceFacts
 from heedful.masks import MaskFacts, as_mask
 from heedful.problem import check_mask_shape, problem_for_shapes, sizes_of
@@ -34,6 +35,13 @@ mask_facts = st.builds(
     bias_needs_grad=booleans,
     block=booleans,
     rows_seen=booleans,
+    query_padding=booleans,
+    noop=booleans,
+    side=st.none() | st.sampled_from(["right", "left", "interior"]),
+    kept=st.none() | st.integers(0, 8),
+    queries_alike=booleans,
+    packing=st.sampled_from(["", "tidy", "loose", "unknown"]),
+    packed_alike=booleans,
 )
 FIELDS = dict(
     **dict.fromkeys(SIZES, small),
@@ -57,6 +65,9 @@ problems = st.builds(AttentionProblem, **FIELDS)
 
 def test_every_field_is_drawn_above():
     assert set(FIELDS) == {field.name for field in dataclasses.fields(AttentionProblem)}
+    drawn = {"causal", "window", "key_padding", "varlen", "dense", "bias", "bias_dtype", "bias_needs_grad", "block"}
+    drawn |= {"rows_seen", "query_padding", "noop", "side", "kept", "queries_alike", "packing", "packed_alike"}
+    assert drawn == {field.name for field in dataclasses.fields(MaskFacts)}
 
 
 @given(problems)
@@ -237,7 +248,6 @@ PACK = Varlen(torch.tensor([0, 1, 3]), torch.tensor([0, 2, 5]))
         (KeyPadding(torch.ones(3, 5, dtype=torch.bool)), {}, r"KeyPadding of shape \(3, 5\); give \(2, 5\)"),
         (as_mask(torch.zeros(2, 5)), {}, r"shape \(2, 5\); it must broadcast to \(2, 4, 3, 5\)"),
         (PACK, {}, r"Varlen with batch 2; pack the sequences"),
-        (PACK & Causal(), {"query": (1, 4, 3, 8), "key": (1, 4, 5, 8)}, r"Varlen with causality or a window"),
         (None, {"layout": "THD", "query": (3, 4, 8), "key": (5, 4, 8)}, r"layout='THD' needs attn_mask=Varlen"),
         (Causal(), {"layout": "THD", "query": (3, 4, 8), "key": (5, 4, 8)}, r"layout='THD' needs attn_mask=Varlen"),
     ],
@@ -251,6 +261,77 @@ def test_masks_that_fit():
     assert problem(KeyPadding(torch.ones(1, 5, dtype=torch.bool))).mask.kinds == ("key_padding",)
     assert problem(PACK, "THD", (3, 4, 8), (5, 4, 8)).mask.kinds == ("varlen",)
     assert problem(PACK, "BHSD", (1, 4, 3, 8), (1, 4, 5, 8)).mask.kinds == ("varlen",)
+    assert set(problem(PACK & Causal(), "BHSD", (1, 4, 3, 8), (1, 4, 5, 8)).mask.kinds) == {"causal", "varlen"}
+    assert set(problem(PACK & SlidingWindow(1, 1), "THD", (3, 4, 8), (5, 4, 8)).mask.kinds) == {"window", "varlen"}
+    both = KeyPadding(torch.ones(2, 5, dtype=torch.bool), queries=torch.ones(2, 3, dtype=torch.bool))
+    assert problem(both).mask.kinds == ("key_padding", "query_padding")
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [((2, 4), r"KeyPadding with queries of shape \(2, 4\); give \(2, 3\)"), ((3, 3), r"queries of shape \(3, 3\)")],
+)
+def test_padding_of_queries_that_does_not_fit(rows, says):
+    with pytest.raises(InvalidArgument, match=says):
+        problem(KeyPadding(torch.ones(2, 5, dtype=torch.bool), queries=torch.ones(rows, dtype=torch.bool)))
+
+
+# Causality and windows beside a packing count inside each sequence
+
+QUERIES, KEYS = (3, 1, 4, 2, 5), (3, 4, 2, 2, 1)
+
+
+def packing():
+    return Varlen(*(torch.tensor([0, *itertools.accumulate(lengths)]) for lengths in (QUERIES, KEYS)))
+
+
+def in_each_sequence(alignment, left, right):
+    """Bool (Q, K), from a loop over sequences, their queries and their keys."""
+    seen = torch.zeros(sum(QUERIES), sum(KEYS), dtype=torch.bool)
+    first_query = first_key = 0
+    for queries, keys in zip(QUERIES, KEYS, strict=True):
+        for i, j in itertools.product(range(queries), range(keys)):
+            place = i if alignment == "top_left" else i + keys - queries
+            seen[first_query + i, first_key + j] = place - left <= j <= place + right
+        first_query, first_key = first_query + queries, first_key + keys
+    return seen
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "native_math", "flex"])
+@pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
+@pytest.mark.parametrize("kind", ["causal", "window", "causal and window", "is_causal"])
+@pytest.mark.parametrize("layout", ["THD", "BHSD"])
+def test_packed_causality_and_windows_are_those_of_each_sequence(backend, alignment, kind, layout, naive_attention):
+    words: dict = {}
+    mask, left, right = packing(), 99, 99
+    if "window" in kind:
+        mask, left, right = mask & SlidingWindow(1, 1, alignment), 1, 1
+    if kind == "is_causal":
+        words, right = {"is_causal": True, "causal_alignment": alignment}, 0
+    elif "causal" in kind:
+        mask, right = mask & Causal(alignment), 0
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, sum(n), 8, generator=draw) for n in (QUERIES, KEYS, KEYS))
+    seen = in_each_sequence(alignment, left, right)
+    expected, _ = naive_attention(query, key, value, seen=seen)
+    tensors = [t.transpose(0, 1) if layout == "THD" else t[None] for t in (query, key, value)]
+    out = attention(*tensors, attn_mask=mask, layout=layout, backend=backend, **words)
+    out = out.transpose(0, 1) if layout == "THD" else out[0]
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    assert (out[:, ~seen.any(-1)] == 0).all()
+
+
+@pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
+def test_the_lse_of_packed_causality_is_that_of_each_sequence(alignment, naive_attention):
+    draw = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(sum(n), 2, 8, generator=draw) for n in (QUERIES, KEYS))
+    seen = in_each_sequence(alignment, 99, 0)
+    expected = naive_attention(*(t.transpose(0, 1) for t in (query, key, key)), seen=seen)
+    for backend in ("reference", "flex", "auto"):
+        mask = packing() & Causal(alignment)
+        out, lse = attention(query, key, key, attn_mask=mask, layout="THD", backend=backend, return_lse=True)
+        torch.testing.assert_close(out.transpose(0, 1).double(), expected[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse.reshape(2, -1).double(), expected[1], atol=1e-5, rtol=1e-5)
 
 
 def test_the_device_facts_become_part_of_the_problem():

@@ -81,6 +81,30 @@ def test_what_approximates_is_never_part_of_auto():
     assert select(PROBLEM, "sparse", only, POLICY).backend == "sparse"
 
 
+def test_a_name_outside_of_the_list_of_strategies_is_looked_up():
+    """As those are that pin something: part of no "auto", and chosen under their own name."""
+
+    class Named(dict):
+        def __missing__(self, name):
+            return strategy(name, layouts=("BHSD",))
+
+    plan = select(PROBLEM, ("half", "plain_hub", "auto"), Named(STRATEGIES), POLICY)
+    assert plan.backend == "plain_hub"
+    assert [verdict.name for verdict in plan.verdicts] == ["half", "plain_hub", "plain", "zeta", "reference"]
+
+
+def test_what_is_excluded_in_auto_gives_way_to_the_next():
+    reason = Refusal("package", "plain not installed", "plain", "pip install plain")
+    plan = chosen(PROBLEM, "auto", excluded={"plain": (reason,), "absent": (reason,)})
+    assert (plan.backend, plan.rung) == ("zeta", "an exact strategy beside the table")
+    assert "- plain             refuses: package is plain not installed, it takes plain (pip install plain)" in str(
+        plan
+    )
+    everything = dict.fromkeys(STRATEGIES, (reason,))
+    with pytest.raises(Refused, match="zeta refuses: package is plain not installed"):
+        chosen(PROBLEM, "auto", excluded=everything).checked()
+
+
 def test_a_rewrite_is_part_of_the_verdict():
     verdict = judge(STRATEGIES["plain"], SCALED)
     assert verdict.accepts

@@ -94,6 +94,7 @@ def test_what_a_short_form_does_not_declare_is_refused_and_not_dropped():
     AttentionStrategyFactory.register_strategy("mine", Mine)
     dispatcher = AttentionDispatcher(AttentionStrategyFactory)
     mask = torch.ones(5, 5, dtype=torch.bool)
+    mask[2, 3] = False  # one that hides nothing would be no mask
     for call in ({"attn_mask": mask}, {"is_causal": True}, {"dropout_p": 0.5}, {"return_lse": True}, {"softcap": 9.0}):
         with pytest.raises(Refused, match="mine refuses"):
             dispatcher.dispatch("mine", query=query, key=key, value=value, **call)

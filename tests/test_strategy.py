@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from heedful import AttentionProblem, AttentionStrategy, Causal, KeyPadding, Limits, Refusal, Refused, Varlen
+from heedful.errors import CannotLoad
+from heedful.facts import Facts
 from heedful.masks import Bias, Dense, Mask, MaskFacts, SlidingWindow, as_mask, facts_of
-from heedful.strategy import ALL_MASKS, mask_arguments, static_arguments
+from heedful.sources import Hub, Kernels, Package
+from heedful.strategy import ALL_MASKS, Pin, mask_arguments, static_arguments
 
 PLAIN = AttentionProblem(
     batch=2, heads=8, kv_heads=8, query_length=64, key_length=96, head_dim=64, value_dim=64, dtype=torch.float16
@@ -34,6 +37,7 @@ GENEROUS = Limits(
     deterministic_backward=True,
     compile=True,
     options=frozenset({"block"}),
+    loose_packs=True,
 )
 
 # field: (the value that refuses, the problem it refuses, the refusal's field, words of its text)
@@ -93,11 +97,47 @@ EFFECTS = {
         "options",
         "options is 'blocks', it takes block, stages",
     ),
+    "bfloat16_from": (
+        (9, 1),
+        H100.replace(dtype=torch.bfloat16),
+        "dtype",
+        "dtype is bfloat16 on sm_90, it takes bfloat16 from 9.1 on (use float16 or float32)",
+    ),
+    "max_batch": (1, PLAIN, "batch", "batch is 2, it takes at most 1 (split the batch)"),
+    "loose_packs": (
+        False,
+        PLAIN.replace(mask=MaskFacts(varlen=True, packing="loose")),
+        "packing",
+        "packing is loose, it takes sequences that cover all tokens and have keys",
+    ),
 }
+NO_REFUSAL = {"faster_with", "faster_from"}  # what is taken beyond need: test_lowering is about it
 
 
 def test_every_limit_is_in_the_table():
-    assert set(EFFECTS) == {field.name for field in dataclasses.fields(Limits)}
+    assert set(EFFECTS) == {field.name for field in dataclasses.fields(Limits)} - NO_REFUSAL
+
+
+def test_what_pays_refuses_nothing():
+    for limits in (Limits(), GENEROUS):
+        pays = replace(limits, faster_with=frozenset({"gather_keys", "upcast"}))
+        for _, problem, _, _ in EFFECTS.values():
+            assert list(pays.refusals(problem)) == list(limits.refusals(problem))
+
+
+@pytest.mark.parametrize(
+    ("packing", "remedy"),
+    [("tidy", None), ("loose", "tidy it"), ("unknown", "leave mask analysis on, outside of torch.compile")],
+)
+def test_a_packing_that_was_not_read_is_no_tidy_one(packing, remedy):
+    problem = PLAIN.replace(mask=MaskFacts(varlen=True, packing=packing))
+    found = list(replace(GENEROUS, loose_packs=False).refusals(problem))
+    assert [refusal.remedy for refusal in found] == ([] if remedy is None else [remedy])
+
+
+def test_every_batch_is_taken_without_a_bound_and_up_to_it():
+    for most in (None, 2, 3):
+        assert list(replace(GENEROUS, max_batch=most).refusals(PLAIN)) == []
 
 
 @pytest.mark.parametrize("field", EFFECTS)
@@ -129,6 +169,7 @@ def test_limits_that_declare_nothing_are_conservative():
     assert list(Limits().refusals(PLAIN)) == []
     trips = {"masks", "mixed_masks", "causal_alignments", "value_dim_may_differ", "bias_backward", "empty_rows", "gqa"}
     trips |= {"scale", "softcap", "dropout", "lse", "backward", "deterministic_backward", "compile", "options"}
+    trips |= {"loose_packs"}
     for field in trips:
         assert list(Limits().refusals(EFFECTS[field][1])), field
 
@@ -246,6 +287,86 @@ def test_the_description_is_the_first_line_of_a_docstring():
     assert type("Lost", (TwoDevices,), {"__module__": "no.such.module"}).describe() == ""
 
 
+# Sources, kernels and pins
+
+BARE = Facts("2", "3", "Linux", {}, {})
+WITH_MINE = Facts("2", "3", "Linux", {}, {"mine": "", "kernels": ""})
+
+
+class Noting(Package):
+    """A package that notes each import."""
+
+    loads: list = []
+
+    def load(self):
+        self.loads.append(self.module)
+        return Kernels(f=self.module)
+
+
+class FromAfar(TwoDevices):
+    """Has two sources and other names."""
+
+    name = "afar"
+    aliases = {"afar_too": Pin(), "afar_hub": Pin("hub"), "afar_packed": Pin(layouts=("THD",))}
+    sources = (Noting("mine", ("f",)), Hub("someone/attention", 3, ("f",)))
+
+
+def pinned(**fields):
+    made = FromAfar()
+    made.pin = Pin(**fields)
+    return made
+
+
+def test_other_names_are_a_tuple_or_a_mapping_to_pins():
+    assert FromAfar.pins() == FromAfar.aliases
+    assert type("Plain", (TwoDevices,), {"aliases": ("a", "b")}).pins() == {"a": Pin(), "b": Pin()}
+    assert TwoDevices.pins() == {}
+
+
+def test_a_strategy_without_sources_lacks_nothing():
+    assert TwoDevices().lacks(BARE) == ()
+    TwoDevices().load(BARE)
+    assert TwoDevices().kernels == Kernels()
+
+
+def test_what_lacks_is_what_every_source_lacks():
+    assert [lack.field for lack in FromAfar().lacks(BARE)] == ["package", "package"]
+    with_kernels = Facts("2", "3", "Linux", {}, {"kernels": "0.17"})
+    assert [lack.field for lack in FromAfar().lacks(with_kernels)] == ["package", "download"]
+    assert [lack.field for lack in FromAfar().lacks(with_kernels, downloads=True)] == ["package", "download"]
+    assert pinned(source="hub").lacks(with_kernels, downloads=True) == ()
+    assert FromAfar().lacks(WITH_MINE) == ()
+    assert FromAfar().lacks(Facts("2", "3", "Linux")) == ()
+
+
+def test_a_pinned_source_is_the_only_one_that_is_looked_for():
+    assert [lack.field for lack in pinned(source="hub").lacks(WITH_MINE)] == ["download"]
+    assert pinned(source="package").lacks(WITH_MINE) == ()
+    assert pinned(source="hub").limits_for("cpu") == FromAfar().limits_for("cpu")
+
+
+def test_pinned_layouts_are_the_only_ones():
+    assert pinned(layouts=("THD",)).limits_for("cpu").layouts == ("THD",)
+    assert pinned(layouts=("THD",)).limits_for("cpu").gqa
+    assert FromAfar().limits_for("cpu").layouts == ("BHSD",)
+
+
+def test_kernels_are_loaded_once_and_only_when_wanted():
+    Noting.loads.clear()
+    one = FromAfar()
+    one.lacks(WITH_MINE)
+    assert Noting.loads == []
+    for _ in range(2):
+        one.load(WITH_MINE)
+        assert one.kernels.f == "mine"
+    assert Noting.loads == ["mine"]
+
+
+def test_kernels_that_cannot_be_loaded_are_told_with_every_reason():
+    with pytest.raises(CannotLoad, match=r"mine not installed.*; package is kernels not installed"):
+        FromAfar().load(BARE)
+
+
 # The arguments of compute_attention
 
 
@@ -278,7 +399,7 @@ def test_arguments_that_follow_from_the_problem(changes, arguments):
 
 def test_arguments_that_are_tensors_of_the_mask():
     keep, bias = torch.ones(1, 1, 3, 3, dtype=torch.bool), torch.zeros(1, 1, 3, 3)
-    padding = torch.ones(1, 3, dtype=torch.bool)
+    padding, rows = torch.ones(2, 1, 3, dtype=torch.bool).unbind()
     packing = Varlen(torch.tensor([0, 3]))
     block = type("BlockMask", (), {"__module__": "torch.nn.attention.flex_attention"})()
     for mask, expected in (
@@ -286,6 +407,7 @@ def test_arguments_that_are_tensors_of_the_mask():
         (Bias(bias), {"attn_mask": bias}),
         (Dense(keep) & Bias(bias), {"attn_mask": keep, "attn_bias": bias}),
         (KeyPadding(padding) & packing, {"key_padding": padding, "varlen": packing}),
+        (KeyPadding(padding, queries=rows), {"key_padding": padding, "query_padding": rows}),
         (Causal() & SlidingWindow(1, 1), {}),
         (as_mask(block), {"block_mask": block}),
     ):
@@ -296,5 +418,6 @@ def test_arguments_that_are_tensors_of_the_mask():
 
 def test_every_kind_of_mask_is_known():
     everything = MaskFacts("top_left", (1, 1, "top_left"), True, True, "", "", torch.float32, True, True)
+    everything = replace(everything, query_padding=True)
     assert set(everything.kinds) == ALL_MASKS
     assert facts_of(Mask()).kinds == ()

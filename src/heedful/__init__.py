@@ -21,9 +21,10 @@ from heedful.masks import Bias, Causal, Dense, KeyPadding, Mask, SlidingWindow, 
 from heedful.models import attention_report, reset_attention_backend, set_attention_backend
 from heedful.policy import Policy, checkpoint_context
 from heedful.problem import AttentionProblem
+from heedful.refusal import Refusal
 from heedful.report import AttentionReport, LayerReport
 from heedful.select import Plan
-from heedful.strategy import AttentionStrategy, Limits, Refusal
+from heedful.strategy import AttentionStrategy, Limits, Pin
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Limits",
     "Mask",
     "NothingCovered",
+    "Pin",
     "Plan",
     "Policy",
     "Refusal",

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from heedful.call import mask_of_call
-from heedful.lowering import ChangeLayout, MaterialiseMask, Operands, leading_shape
+from heedful.lowering import (
+    ChangeLayout,
+    Computed,
+    Kernel,
+    MaterialiseMask,
+    Operands,
+    ZeroEmptyRows,
+    leading_shape,
+)
 from heedful.masks import Mask, of_rank_four, savable
 from heedful.problem import AttentionProblem
 from heedful.select import Plan
@@ -53,7 +61,7 @@ def _to_kernel(plan: Plan, strategy: AttentionStrategy, mask_words: dict[str, An
         if rest == [ChangeLayout] and plan.problem.layout == "BSHD":
             return _transposed(compute, static, mask.read, plan.problem.needs_lse)
     run = _chained(compute, static, plan, mask_words)
-    return _without_autocast(run, plan.problem.device) if plan.problem.autocast else run
+    return _without_autocast(run) if plan.problem.autocast else run
 
 
 class _LoneMask(NamedTuple):
@@ -76,7 +84,8 @@ def _lone_mask(plan: Plan) -> _LoneMask | None:
         return _LoneMask(lambda mask: of_rank_four(mask if isinstance(mask, Tensor) else mask.dense))
     if given == taken and given.kinds == ("bias",):
         return _LoneMask(lambda mask: of_rank_four(mask if isinstance(mask, Tensor) else mask.bias))
-    if given.kinds == ("key_padding",) and taken.kinds == ("dense",) and not taken.rows_seen:
+    zeroed = any(step.name == ZeroEmptyRows.name for step in plan.chosen.steps)
+    if given.kinds == ("key_padding",) and taken.kinds == ("dense",) and not zeroed:
         return _LoneMask(lambda mask: mask.padding.view(-1, 1, 1, mask.padding.shape[-1]), by=(MaterialiseMask.name,))
     return None
 
@@ -112,32 +121,28 @@ def _transposed(
 
 def _chained(compute: Callable[..., Answer], static: dict[str, Any], plan: Plan, mask_words: dict[str, Any]) -> Run:
     assert plan.chosen is not None
-    steps = plan.chosen.steps
-    befores = tuple(step.lowering.before(step.old, step.new) for step in steps)
-    afters = tuple(step.lowering.after(step.old, step.new) for step in steps)
     needs_lse = plan.problem.needs_lse
 
+    def kernel(x: Operands) -> Computed:
+        answer = compute(x.query, x.key, x.value, **static, **mask_arguments(x.mask))
+        return answer if needs_lse else (answer, None)  # type: ignore[return-value]
+
+    through: Kernel = kernel
+    for step in reversed(plan.chosen.steps):
+        through = step.lowering.around(step.old, step.new, through)
+
     def run(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> Answer:
-        stages = [Operands(query, key, value, mask_of_call(attn_mask=attn_mask, **mask_words))]
-        for before in befores:
-            stages.append(before(stages[-1]))
-        last = stages[-1]
-        answer = compute(last.query, last.key, last.value, **static, **mask_arguments(last.mask))
-        out, lse = answer if needs_lse else (answer, None)
-        for index in range(len(afters) - 1, -1, -1):
-            after = afters[index]
-            if after is not None:
-                out, lse = after(out, lse, stages[index], stages[index + 1])  # type: ignore[arg-type]
+        out, lse = through(Operands(query, key, value, mask_of_call(attn_mask=attn_mask, **mask_words)))
         return (out, lse) if needs_lse else out  # type: ignore[return-value]
 
     return run
 
 
-def _without_autocast(run: Run, device: str) -> Run:
+def _without_autocast(run: Run) -> Run:
     """The inputs were cast already; the kernel's own arithmetic is not to be cast again."""
 
     def outside(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Answer:
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(query.device.type, enabled=False):
             return run(query, key, value, mask)
 
     return outside

@@ -7,8 +7,8 @@ The first call of a kind validates, selects a plan and binds it to one function.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from heedful import facts as machine
 from heedful import policy as wishes
 from heedful import tracing
+from heedful.analysis import MaskCache
 from heedful.binding import Run, bind
 from heedful.call import problem_of_call
 from heedful.errors import InvalidArgument, UnknownBackend
@@ -24,9 +25,11 @@ from heedful.factory import AttentionStrategyFactory
 from heedful.facts import Facts
 from heedful.masks import Mask
 from heedful.policy import Policy, Wish, as_wish, mirror
+from heedful.probing import ready
 from heedful.problem import AttentionProblem, problem_for_shapes
-from heedful.select import Plan, judge, select
-from heedful.strategy import Answer, AttentionStrategy, Refusal
+from heedful.refusal import Refusal
+from heedful.select import Plan, candidates, judge, select
+from heedful.strategy import Answer, AttentionStrategy
 
 _log = logging.getLogger("heedful")
 
@@ -100,13 +103,16 @@ class AttentionDispatcher:
         self._facts = facts
         self._policy = policy
         self._runs: dict[Any, Run] = {}
+        self._own_look: set[Run] = set()
+        self._look: Callable[[Any, Tensor, str, bool], Any] = self._first_look
+        self.masks = MaskCache()
         self._told: set[str] = set()
         self.traced = tracing.Traced(self)
         self.factory.watch(self._forget)
 
     def _forget(self) -> None:
         """Drop what was planned with another registry. A call under way stores into the old dictionary."""
-        self._runs = {}
+        self._runs, self._own_look = {}, set()
         self.traced.forget()
 
     @property
@@ -185,14 +191,18 @@ class AttentionDispatcher:
                 layout, causal_alignment, window, softcap, sinks, max_error, options, backend, return_lse,
             )  # fmt: skip
         wish = _current_wish() if backend is None else tuple(backend) if type(backend) is list else backend
-        runs = self._runs
+        runs, seen = self._runs, attn_mask
         try:
             dtype, device = query.dtype, query.device
+            mask_key = None
+            if attn_mask is not None:
+                seen = self._look(attn_mask, query, layout, not is_causal and window is None)
+                mask_key = _mask_key(attn_mask) if seen is attn_mask else (_mask_key(attn_mask), seen.key)
             kind: Any = (
                 wish, query.shape, key.shape, value.shape,
                 dtype if dtype is key.dtype is value.dtype else (dtype, key.dtype, value.dtype),
                 device if device == key.device == value.device else (device, key.device, value.device),
-                type(query), type(key), type(value), None if attn_mask is None else _mask_key(attn_mask), layout,
+                type(query), type(key), type(value), mask_key, layout,
                 None if scale is window is softcap is sinks is max_error is options is None  # type: ignore[comparison-overlap]
                 and not (dropout_p or is_causal or enable_gqa or return_lse) and causal_alignment == "top_left"
                 else (dropout_p, is_causal, scale, enable_gqa, causal_alignment, window, softcap, sinks is None,
@@ -210,16 +220,54 @@ class AttentionDispatcher:
                 "layout": layout, "causal_alignment": causal_alignment, "window": window, "softcap": softcap,
                 "sinks": sinks, "max_error": max_error, "options": options, "return_lse": return_lse,
             }  # fmt: skip
-            problem = problem_of_call(query, key, value, attn_mask, **call, facts=self.facts)
-            run = self._bound(self.plan(problem, backend), call)
+            plan = self._planned(query, key, value, attn_mask, seen, backend, call, getattr(query, "device", None))
+            run = self._bound(plan, call, query.device)
             if kind is not None:
                 if len(runs) >= _MOST_KINDS:
                     runs.clear()
                 runs[kind] = run
+        if seen is not attn_mask and run in self._own_look:
+            seen = attn_mask
         route = mirror.route
         if route is None:
-            return run(query, key, value, attn_mask)
-        return route.aside(wish, run, query, key, value, attn_mask)
+            return run(query, key, value, seen)
+        return route.aside(wish, run, query, key, value, seen)
+
+    def simplest(self, attn_mask: Any, query: Tensor, layout: str, alone: bool) -> Any:
+        """The simplest mask that means the same as ``attn_mask`` for such queries; itself where none is known.
+
+        ``alone``: nothing else hides keys in the call.
+        """
+        rank = query.dim()
+        if rank > 4:  # a mask's batch is then not the problem's
+            return attn_mask
+        return self.masks.simplest(attn_mask, query.shape[0] if rank == 4 and layout != "THD" else 1, alone)
+
+    def _first_look(self, attn_mask: Any, query: Tensor, layout: str, alone: bool) -> Any:
+        """``simplest``, or nothing where the policy says so: decided once."""
+        self._look = self.simplest if self.policy.analyse else _no_look
+        return self._look(attn_mask, query, layout, alone)
+
+    def _planned(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any,
+        seen: Any,
+        backend: Any,
+        call: dict[str, Any],
+        device: torch.device | None,
+    ) -> Plan:
+        """The plan for a call whose mask was simplified to ``seen``; a strategy that checks calls sees the original."""
+        problem = problem_of_call(query, key, value, attn_mask, **call, facts=self.facts)
+        if seen is attn_mask:
+            return self.plan(problem, backend, device=device)
+        simpler = problem_of_call(query, key, value, seen, **call, facts=self.facts)
+        plan = self.plan(simpler, backend, device=device)
+        if plan.chosen is not None and self.factory.create_strategy(plan.chosen.name).has_own_validation():
+            return self.plan(problem, backend, device=device)
+        return replace(plan, given=problem.mask)
 
     def dispatch(self, backend: str | list[str] | tuple[str, ...] | None = None, /, **call: Any) -> Any:
         """``attention`` with the backend first: ``dispatch("native", query=q, key=k, value=v)``."""
@@ -235,12 +283,18 @@ class AttentionDispatcher:
         backend: str | list[str] | tuple[str, ...] | None = None,
         **call: Any,
     ) -> Plan:
-        """What ``attention`` with these arguments would run, why, and why nothing else; nothing is computed.
+        """What ``attention`` with these arguments would run, why, and why nothing else; the call is not computed.
+
+        A backend with a package of its own is loaded and tried before it is chosen, once a process.
 
         The plan prints as text; a refused one is returned, not raised. Raises InvalidArgument and UnknownBackend.
         """
         problem = problem_of_call(query, key, value, attn_mask, **call, facts=self.facts)
-        plan = self.plan(problem, backend)
+        alone = not call.get("is_causal") and call.get("window") is None
+        seen = attn_mask if attn_mask is None else self._look(attn_mask, query, call.get("layout", "BHSD"), alone)
+        device = None if self.facts.packages is None else query.device  # of a machine one lacks nothing can be loaded
+        plan = self._planned(query, key, value, attn_mask, seen, backend, call, device)
+        problem = plan.problem
         excluded: dict[str, tuple[Refusal, ...]] = {}
         while plan.chosen is not None:
             strategy = self.factory.create_strategy(plan.chosen.name)
@@ -248,7 +302,7 @@ class AttentionDispatcher:
             if refusal is None:
                 break
             excluded[strategy.name] = (refusal,)
-            plan = self.plan(problem, backend, excluded=excluded)
+            plan = self.plan(problem, backend, excluded=excluded, device=device)
         return plan
 
     def plan(
@@ -257,11 +311,41 @@ class AttentionDispatcher:
         backend: str | list[str] | tuple[str, ...] | None = None,
         *,
         excluded: Mapping[str, tuple[Refusal, ...]] | None = None,
+        device: torch.device | None = None,
     ) -> Plan:
-        """The plan for a problem under a backend's name, or under the scope's, the environment's or auto's wish."""
+        """The plan for a problem under a backend's name, or under the scope's, the environment's or auto's wish.
+
+        ``excluded``: refusals found elsewhere. ``device``: where kernels are loaded and tried before one is chosen;
+        with None they are only looked for.
+        """
         wish, origin = self._wish(backend)
-        wish = self._resolved(wish, origin)
-        return select(problem, wish, self.factory.strategies(), self.policy, origin=origin, excluded=excluded)
+        return self._selected(problem, self._resolved(wish, origin), origin, excluded or {}, device)
+
+    def _selected(
+        self,
+        problem: AttentionProblem,
+        wish: Wish,
+        origin: str,
+        excluded: Mapping[str, tuple[Refusal, ...]],
+        device: torch.device | None,
+    ) -> Plan:
+        """The plan; a chosen strategy whose kernels cannot be loaded, or fail when tried, is passed over."""
+        strategies, named = self.factory.strategies(), {wish} if isinstance(wish, str) else set(wish)
+        allowed = named if self.policy.downloads else set()  # never for what auto tries
+        lacks = {
+            name: strategies[name].lacks(self.facts, name in allowed)
+            for name in candidates(wish, problem, strategies, self.policy)
+        }
+        excluded = {name: (*lacks.get(name, ()), *excluded.get(name, ())) for name in {*lacks, *excluded}}
+        while True:
+            plan = select(problem, wish, strategies, self.policy, origin=origin, excluded=excluded)
+            if plan.chosen is None or device is None:
+                return plan
+            name = plan.chosen.name
+            found = ready(strategies[name], self.facts, device, downloads=name in allowed)
+            if not found:
+                return plan
+            excluded[plan.chosen.name] = (*excluded.get(plan.chosen.name, ()), *found)
 
     def list_backends(self, device: str | None = None) -> BackendTable:
         """Every strategy, and whether it takes a plain call, float16 on a GPU and float32 on a CPU, on this machine.
@@ -271,18 +355,19 @@ class AttentionDispatcher:
         types = [name.partition(":")[0] for name in self.facts.devices]
         device = device or next((name for name in types if name != "cpu"), "cpu")
         dtype = torch.float32 if device == "cpu" else torch.float16
+        known = self.facts.devices.get(device)
         try:
-            known = self.facts.device(torch.device(device))
+            known = known or self.facts.device(torch.device(device))
         except RuntimeError:
             raise InvalidArgument("device", repr(device), "give a device type of torch, such as cpu or cuda") from None
         shape = (1, 8, 1024, 64)
         problem = problem_for_shapes(shape, shape, shape, dtype=dtype, device=known)
-        rows = [
-            BackendRow(
-                name, strategy.aliases, strategy.exactness, strategy.describe(), judge(strategy, problem).refusals
-            )
-            for name, strategy in self.factory.strategies().items()
-        ]
+        rows = []
+        for name, strategy in self.factory.strategies().items():
+            reasons = (*judge(strategy, problem).refusals, *strategy.lacks(self.facts))
+            if not reasons and self.facts.packages is not None:
+                reasons = ready(strategy, self.facts, torch.device(device))
+            rows.append(BackendRow(name, tuple(strategy.pins()), strategy.exactness, strategy.describe(), reasons))
         return BackendTable(problem, tuple(rows))
 
     def attention_backend(self, backend: str | list[str] | tuple[str, ...]) -> wishes.scope:
@@ -296,13 +381,15 @@ class AttentionDispatcher:
         """
         return wishes.scope(self._resolved(as_wish(backend), "backend"))
 
-    def bound_for_tracing(self, problem: AttentionProblem, wish: Any, inherited: bool, call: dict[str, Any]) -> Run:
+    def bound_for_tracing(
+        self, problem: AttentionProblem, wish: Any, inherited: bool, call: dict[str, Any], device: torch.device
+    ) -> Run:
         """The bound function that ``torch.compile`` traces; ``wish`` None means that no scope has one."""
         origin = "scope" if inherited else "call"
         if wish is None:
             wish, origin = self.policy.default, self.policy.default_origin
         wish = self._resolved(as_wish(wish), origin)
-        return self._bound(select(problem, wish, self.factory.strategies(), self.policy, origin=origin), call)
+        return self._bound(self._selected(problem, wish, origin, {}, device), call, device)
 
     def _wish(self, backend: object) -> tuple[Wish, str]:
         if backend is not None:
@@ -319,7 +406,11 @@ class AttentionDispatcher:
         return resolved[0] if isinstance(wish, str) else resolved
 
     def _bound(
-        self, plan: Plan, call: dict[str, Any], excluded: Mapping[str, tuple[Refusal, ...]] | None = None
+        self,
+        plan: Plan,
+        call: dict[str, Any],
+        device: torch.device,
+        excluded: Mapping[str, tuple[Refusal, ...]] | None = None,
     ) -> Run:
         """The function of a plan; for a strategy with its own validation, with the way on where that refuses."""
         plan.checked()
@@ -337,11 +428,10 @@ class AttentionDispatcher:
             if refusal is None:
                 return run(query, key, value, attn_mask)
             more = {**(excluded or {}), strategy.name: (refusal,)}
-            other = select(
-                plan.problem, plan.wish, self.factory.strategies(), self.policy, origin=plan.origin, excluded=more
-            )
-            return self._bound(other, call, more)(query, key, value, attn_mask)
+            other = self._selected(plan.problem, plan.wish, plan.origin, more, device)
+            return self._bound(other, call, device, more)(query, key, value, attn_mask)
 
+        self._own_look.add(ask_first)
         return ask_first
 
     def _tell(self, plan: Plan) -> None:
@@ -363,6 +453,10 @@ def _own_refusal(strategy: AttentionStrategy, *, attn_mask: Any, **call: Any) ->
     except (ValueError, TypeError, RuntimeError) as error:
         return Refusal("validate_constraints", str(error), "what it checks itself")
     return None
+
+
+def _no_look(attn_mask: Any, _query: Tensor, _layout: str, _alone: bool) -> Any:
+    return attn_mask
 
 
 def _mask_key(attn_mask: Any) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ HeedfulError
 ├── UnknownBackend  (also ValueError)   no strategy has that name; names the closest ones
 ├── RegistrationError (also ValueError) a strategy cannot be registered under that name
 ├── Refused (also RuntimeError)         nothing that was asked for can compute this problem; carries the refusals
+├── CannotLoad (also ImportError)       a backend's package is there and cannot be loaded; the text is the import's own
 └── NothingCovered (also RuntimeError)  a model was to be configured and no attention layer was found
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from heedful.strategy import Refusal
+    from heedful.refusal import Refusal
 
 
 class HeedfulError(Exception):
@@ -67,6 +68,10 @@ class Refused(HeedfulError, RuntimeError):
         super().__init__("\n".join(lines))
         self.problem = problem
         self.refusals = refusals
+
+
+class CannotLoad(HeedfulError, ImportError):
+    """A source of kernels is there and cannot be used; the text is what its import said."""
 
 
 class NothingCovered(HeedfulError, RuntimeError):

@@ -12,12 +12,12 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 from weakref import WeakMethod
 
 from heedful.errors import RegistrationError, UnknownBackend
-from heedful.strategy import AttentionStrategy
+from heedful.strategy import AttentionStrategy, Pin
 
 GROUP = "heedful.strategies"
 P = ParamSpec("P")
@@ -37,6 +37,27 @@ class _OnDefault(Generic[P, R]):
         return self.function.__get__(owner.default() if instance is None else instance, owner)  # type: ignore[no-any-return]
 
 
+class Strategies(Mapping[str, AttentionStrategy]):
+    """Strategies by name, as of one moment; by aliases that pin something they are made when asked for."""
+
+    def __init__(self, strategies: dict[str, AttentionStrategy], factory: AttentionStrategyFactory) -> None:
+        self._strategies, self._factory = strategies, factory
+
+    def __getitem__(self, name: str) -> AttentionStrategy:
+        if name in self._strategies:
+            return self._strategies[name]
+        try:
+            return self._factory.create_strategy(name)
+        except UnknownBackend:
+            raise KeyError(name) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._strategies)
+
+    def __len__(self) -> int:
+        return len(self._strategies)
+
+
 class AttentionStrategyFactory:
     """Names to strategy classes. ``packages`` are scanned at first use, then the entry points ``heedful.strategies``.
 
@@ -51,7 +72,7 @@ class AttentionStrategyFactory:
         self.plugins = plugins
         self.epoch = "0"
         self._classes: dict[str, type[AttentionStrategy]] = {}
-        self._aliases: dict[str, str] = {}
+        self._aliases: dict[str, tuple[str, Pin]] = {}
         self._made: dict[str, AttentionStrategy] = {}
         self._loaded = self._under_way = False
         self._loading = threading.RLock()
@@ -87,37 +108,44 @@ class AttentionStrategyFactory:
     @_OnDefault
     def unregister_strategy(self, name: str) -> None:
         """Forget a strategy, with its aliases. Raises UnknownBackend."""
-        self._forget(self.resolve(name))
+        name = self.resolve(name)
+        self._forget(self._aliases.get(name, (name,))[0])
         self._changed()
 
     @_OnDefault
     def create_strategy(self, name: str) -> AttentionStrategy:
         """A strategy by its name or alias. Raises UnknownBackend with the closest names."""
         name = self.resolve(name)
+        target, pin = self._aliases.get(name, (name, Pin()))
         made = self._made.get(name)
-        if type(made) is not self._classes[name]:  # none yet, or one that another thread made of a replaced class
-            made = self._made[name] = self._make(name)
+        if type(made) is not self._classes[target]:  # none yet, or one that another thread made of a replaced class
+            made = self._made[name] = self._make(name, self._classes[target], pin)
         return made
 
     @_OnDefault
     def resolve(self, name: str, origin: str = "backend") -> str:
-        """The strategy name that a name or alias stands for. Raises UnknownBackend; ``origin`` says who asked."""
+        """The strategy's name that a name or alias stands for; an alias that pins something stands for itself.
+
+        Raises UnknownBackend; ``origin`` says who asked.
+        """
         self._load()
         if name in self._classes:
             return name
         if name not in self._aliases:
             raise UnknownBackend(name, [*self._classes, *self._aliases, "auto"], origin)
-        return self._aliases[name]
+        target, pin = self._aliases[name]
+        return target if pin == Pin() else name
 
     @_OnDefault
     def strategies(self) -> Mapping[str, AttentionStrategy]:
-        """All of them, by name; read-only."""
+        """All of them, by name; read-only. Aliases that pin something can be looked up as well."""
         self._load()
-        return MappingProxyType({name: self.create_strategy(name) for name in sorted(self._classes)})
+        return Strategies({name: self.create_strategy(name) for name in sorted(self._classes)}, self)
 
-    def _make(self, name: str) -> AttentionStrategy:
-        made = self._classes[name]()
+    def _make(self, name: str, strategy: type[AttentionStrategy], pin: Pin) -> AttentionStrategy:
+        made = strategy()
         made.__dict__["name"] = name
+        made.pin = pin
         return made
 
     def _add(self, name: str, strategy: Any, *, replace: bool = False) -> None:
@@ -125,7 +153,9 @@ class AttentionStrategyFactory:
             raise RegistrationError(f"strategy {name!r}: got {strategy!r}; give a subclass of AttentionStrategy")
         if inspect.isabstract(strategy):
             raise RegistrationError(f"strategy {name!r}: {strategy.__name__} does not implement compute_attention")
-        words = (name, *strategy.aliases)
+        for fault in _faults(strategy):
+            raise RegistrationError(f"strategy {name!r}: {fault}")
+        words = (name, *strategy.pins())
         for word in words:
             if not isinstance(word, str) or not word or word == "auto":
                 raise RegistrationError(f"name or alias: got {word!r}; give a non-empty name other than 'auto'")
@@ -135,14 +165,17 @@ class AttentionStrategyFactory:
         for word in words:
             if word in self._classes:
                 self._forget(word)
+            self._aliases.pop(word, None)
+            self._made.pop(word, None)
         self._classes[name] = strategy
-        self._aliases |= dict.fromkeys(strategy.aliases, name)
+        self._aliases |= {alias: (name, pin) for alias, pin in strategy.pins().items()}
         self._changed()
 
     def _forget(self, name: str) -> None:
         del self._classes[name]
-        self._made.pop(name, None)
-        self._aliases = {alias: target for alias, target in self._aliases.items() if target != name}
+        gone = {name} | {alias for alias, (target, _) in self._aliases.items() if target == name}
+        self._made = {word: made for word, made in self._made.items() if word not in gone}
+        self._aliases = {alias: known for alias, known in self._aliases.items() if alias not in gone}
 
     def _load(self) -> None:
         if self._loaded:
@@ -171,6 +204,21 @@ class AttentionStrategyFactory:
             except Exception as error:
                 text = f"heedful plug-in {point.name!r} ({point.value}) cannot be loaded: {error!r}"
                 warnings.warn(text, stacklevel=2)
+
+
+def _faults(strategy: type[AttentionStrategy]) -> Iterator[str]:
+    """What is wrong with the other names of a strategy: they would stand for nothing, or for something else."""
+    aliases: Any = strategy.aliases
+    if isinstance(aliases, str):
+        yield f"aliases: got {aliases!r}; give a tuple of names, or a mapping of names to Pin"
+        return
+    kinds = {source.kind for source in strategy.sources}
+    pins: Mapping[str, Any] = strategy.pins()
+    for alias, pin in pins.items():
+        if not isinstance(pin, Pin):
+            yield f"alias {alias!r}: got {pin!r}; give a Pin"
+        elif pin.source and pin.source not in kinds:
+            yield f"alias {alias!r}: pins source {pin.source!r}; its sources are {', '.join(sorted(kinds)) or 'none'}"
 
 
 def _in_package(package: str) -> Iterator[type[AttentionStrategy]]:

@@ -8,6 +8,7 @@ Shapes: B batch, H heads, Q query length, K key length, T packed tokens, N packe
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from heedful.errors import InvalidArgument
 
 Alignment = Literal["top_left", "bottom_right"]
 Window = tuple[int | None, int | None, str]
+Side = Literal["right", "left", "interior"]
 ALIGNMENTS: tuple[Alignment, ...] = ("top_left", "bottom_right")
 
 
@@ -26,7 +28,11 @@ class MaskFacts:
     """What is known of a mask without reading a tensor: hashable, part of every problem.
 
     ``dense``, ``bias``: which of B, H, Q, K the tensor really has (the others broadcast), such as ``"BK"``.
-    ``rows_seen``: every query is known to see a key.
+    ``rows_seen``: every query is known to see a key. The rest is known only once the contents were looked at (see
+    ``analysis``): ``noop``, the tensor hides nothing and adds nothing; ``side`` on which keys are padding, ``right``,
+    ``left`` or ``interior``; ``kept``, the eighths of the keys that are real, rounded up; ``queries_alike``, the
+    padding of the queries is that of the keys; ``packing`` of a varlen mask, ``tidy`` where its sequences cover all
+    tokens and each has keys, else ``loose``, or ``unknown``. ``packed_alike``: queries and keys are packed alike.
     """
 
     causal: Alignment | None = None
@@ -39,6 +45,13 @@ class MaskFacts:
     bias_needs_grad: bool = False
     block: bool = False
     rows_seen: bool = False
+    query_padding: bool = False
+    noop: bool = False
+    side: str | None = None
+    kept: int | None = None
+    queries_alike: bool = False
+    packing: str = ""
+    packed_alike: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -47,6 +60,7 @@ class MaskFacts:
             "causal": self.causal is not None,
             "window": self.window is not None,
             "key_padding": self.key_padding,
+            "query_padding": self.query_padding,
             "varlen": self.varlen,
             "dense": self.dense is not None,
             "bias": self.bias is not None,
@@ -56,28 +70,62 @@ class MaskFacts:
 
     def may_hide_rows(self, query_length: int, key_length: int) -> bool:
         """Whether a query may exist that sees no key at all."""
-        if self.rows_seen:
+        if self.rows_seen or self.noop:
             return False
-        if self.key_padding or self.varlen or self.dense is not None or self.bias is not None or self.block:
+        if set(self.kinds) - ({"causal", "varlen"} if self.packing == "tidy" else {"causal"}):
             return True
-        if self.window is not None:
-            return True
+        if self.varlen:
+            return self.causal == "bottom_right" and not self.packed_alike
         return self.causal == "bottom_right" and query_length > key_length
 
     def __str__(self) -> str:
         words = [
             f"causal {self.causal}" if self.causal else "",
             f"window {self.window[0]}..{self.window[1]} {self.window[2]}" if self.window else "",
-            "key padding" if self.key_padding else "",
+            f"key padding{self._contents()}" if self.key_padding else "",
+            "query padding" if self.query_padding else "",
             "varlen" if self.varlen else "",
             f"dense bool [{self.dense or 'scalar'}]" if self.dense is not None else "",
             f"bias {self.bias_dtype} [{self.bias or 'scalar'}]".replace("torch.", "") if self.bias is not None else "",
             "block mask" if self.block else "",
         ]
-        return " & ".join(filter(None, words)) or "none"
+        return " & ".join(filter(None, words)) + (" (hides nothing)" if self.noop else "") or "none"
+
+    def _contents(self) -> str:
+        return "" if self.side is None else f" ({self.side}, {self.kept}/8 kept)"
 
 
 NO_MASK = MaskFacts()
+
+
+@dataclass(frozen=True, eq=False)
+class PaddingProfile:
+    """The contents of a padding, in plain numbers: ``side`` of its batch rows, and how many keys each row keeps.
+
+    ``side``: ``right`` where each row's kept keys are its first ones, ``left`` where its last, else ``interior``.
+    ``queries``: how many queries each row uses, where that was given, else None; ``query_side`` likewise.
+    """
+
+    side: Side
+    kept: tuple[int, ...]
+    key_length: int
+    queries: tuple[int, ...] | None = None
+    query_side: Side = "right"
+
+    @property
+    def eighths(self) -> int:
+        """The kept share of all keys in eighths, rounded up."""
+        return -(-8 * sum(self.kept) // max(1, self.key_length * len(self.kept)))
+
+    @property
+    def facts(self) -> tuple[Any, ...]:
+        """All that problems read of it: hashable."""
+        return self.side, self.eighths, min(self.kept, default=0) > 0, self.queries is not None, self.alike
+
+    @property
+    def alike(self) -> bool:
+        """Whether the padding of the queries is that of the keys."""
+        return self.queries == self.kept and self.query_side == self.side != "interior"
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +133,9 @@ class Mask:
     """A conjunction of parts: a key is seen where every part lets it be seen. Made by the classes below and ``&``.
 
     ``dense`` is bool, broadcastable to (B, H, Q, K). ``bias`` is float, added to the scores, broadcastable likewise.
-    ``padding`` is bool (B, K). ``block`` is a FlexAttention ``BlockMask``.
+    ``padding`` is bool (B, K); ``rows`` bool (B, Q), False for queries that are padding and see nothing. ``block`` is a
+    FlexAttention ``BlockMask``. Analysis adds what it found: ``profile`` of padding and rows, and ``noop``, that dense
+    or bias hides and adds nothing.
     """
 
     causal: Alignment | None = None
@@ -95,10 +145,15 @@ class Mask:
     dense: Tensor | None = None
     bias: Tensor | None = None
     block: Any = None
+    rows: Tensor | None = None
+    profile: PaddingProfile | None = None
+    noop: bool = False
 
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
+        if self.noop or other.noop:
+            return other if self.noop else self
         return Mask(
             causal=_only(self.causal, other.causal, "causal alignments"),
             window=_narrower(self.window, other.window),
@@ -107,26 +162,37 @@ class Mask:
             dense=_both(self.dense, other.dense),
             bias=_sum(self.bias, other.bias),
             block=_only(self.block, other.block, "block masks"),
+            rows=_both(self.rows, other.rows),
+            profile=_lone_profile(self, other),
         )
 
     @property
     def key(self) -> tuple[Any, ...]:
         """All that validation and selection read of this mask: hashable."""
-        wants_grad = self.bias is not None and self.bias.requires_grad and torch.is_grad_enabled()
-        parts = (_read(self.dense), _read(self.bias), _read(self.padding))
-        packing = None if self.varlen is None else (_read(self.varlen.cu_seqlens_q), _read(self.varlen.cu_seqlens_k))
-        return (self.causal, self.window, self.block is None, wants_grad, packing, *parts)
+        if self.bias is None:
+            return self._key
+        return (self.bias.requires_grad and torch.is_grad_enabled(), *self._key)
+
+    @functools.cached_property
+    def _key(self) -> tuple[Any, ...]:
+        parts = (_read(self.dense), _read(self.bias), _read(self.padding), _read(self.rows))
+        packing = None if self.varlen is None else self.varlen.packing_key
+        contents = (self.noop, None if self.profile is None else self.profile.facts)
+        return (self.causal, self.window, self.block is None, packing, *parts, *contents)
 
     def visible(self, query_length: int, key_length: int, device: torch.device) -> Tensor | None:
         """What the boolean parts let see: bool, broadcastable to (B, H, Q, K); None where they hide nothing."""
         parts = [] if self.dense is None else [self.dense]
-        if self.causal is not None:
-            parts.append(_band(query_length, key_length, None, 0, self.causal, device))
-        if self.window is not None:
-            left, right, alignment = self.window
-            parts.append(_band(query_length, key_length, left, right, alignment, device))
+        bands: list[Window] = [] if self.causal is None else [(None, 0, self.causal)]
+        for left, right, alignment in bands if self.window is None else [*bands, self.window]:
+            if self.varlen is not None:
+                parts.append(self.varlen.band(query_length, key_length, left, right, alignment))
+            else:
+                parts.append(_band(query_length, key_length, left, right, alignment, device))
         if self.padding is not None:
             parts.append(self.padding[:, None, None, :])
+        if self.rows is not None:
+            parts.append(self.rows[:, None, :, None])
         if self.varlen is not None:
             parts.append(self.varlen.same_sequence(query_length, key_length))
         if self.block is not None:
@@ -160,14 +226,19 @@ class SlidingWindow(Mask):
 
 
 class KeyPadding(Mask):
-    """Keys that are padding are seen by no query: ``keep`` is bool (B, K), True for real keys."""
+    """Keys that are padding are seen by no query: ``keep`` is bool (B, K), True for real keys.
 
-    def __init__(self, keep: Tensor) -> None:
-        if _tensor("KeyPadding(keep)", keep).dim() != 2 or keep.dtype != torch.bool:
-            raise InvalidArgument(
-                "KeyPadding(keep)", f"{keep.dtype} of shape {tuple(keep.shape)}", "give a bool tensor (batch, keys)"
-            )
-        super().__init__(padding=keep)
+    ``queries``, bool (B, Q), says likewise which queries are real: the others see nothing, and their output is zero.
+    """
+
+    def __init__(self, keep: Tensor, queries: Tensor | None = None) -> None:
+        for name, given, sizes in (("keep", keep, "keys"), ("queries", queries, "queries")):
+            if given is None and name == "queries":
+                continue
+            if _tensor(f"KeyPadding({name})", given).dim() != 2 or given.dtype != torch.bool:  # type: ignore[union-attr]
+                came = f"{given.dtype} of shape {tuple(given.shape)}"  # type: ignore[union-attr]
+                raise InvalidArgument(f"KeyPadding({name})", came, f"give a bool tensor (batch, {sizes})")
+        super().__init__(padding=keep, rows=queries)
 
     @classmethod
     def from_lengths(cls, lengths: Tensor, key_length: int) -> KeyPadding:
@@ -202,8 +273,8 @@ class Varlen(Mask):
     """Sequences packed one behind the other; a query sees only the keys of its own sequence.
 
     ``cu_seqlens_q``, ``cu_seqlens_k``: integer (N + 1,), from 0 to T, as flash-attn takes them; keys default to the
-    queries' packing. ``max_seqlen_q``, ``max_seqlen_k`` are kept for kernels that want them. Not combinable with
-    causality, which would have to count from each sequence's start: refused until a kernel does it.
+    queries' packing. ``max_seqlen_q``, ``max_seqlen_k`` are kept for kernels that want them. Causality and windows
+    beside it count within each sequence: ``top_left`` from its start, ``bottom_right`` from its end.
     """
 
     def __init__(
@@ -233,11 +304,49 @@ class Varlen(Mask):
             ("max_seqlen_k", max_seqlen_k),
         ):
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "lengths", None)
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     max_seqlen_q: int | None
     max_seqlen_k: int | None
+    lengths: tuple[tuple[int, ...], tuple[int, ...]] | None
+    """The sequences' lengths, of queries and of keys, once analysis has read them."""
+
+    def with_lengths(self, queries: tuple[int, ...], keys: tuple[int, ...]) -> Varlen:
+        """The same packing, its lengths known."""
+        longest = max(queries, default=0), max(keys, default=0)
+        keys_too = None if self.alike or queries == keys else self.cu_seqlens_k
+        made = Varlen(self.cu_seqlens_q, keys_too, *longest)
+        object.__setattr__(made, "lengths", (queries, keys))
+        return made
+
+    @property
+    def alike(self) -> bool:
+        """Whether queries and keys are packed alike, as far as that is known without reading."""
+        return self.cu_seqlens_q is self.cu_seqlens_k
+
+    def packing(self, query_length: int, key_length: int) -> str:
+        """``tidy`` where the sequences cover all tokens and each has keys, else ``loose``; or ``unknown``."""
+        if self.lengths is None:
+            return "unknown"
+        queries, keys = self.lengths
+        covered = sum(queries) == query_length and sum(keys) == key_length
+        return "tidy" if covered and all(queries) and all(keys) else "loose"
+
+    @property
+    def packing_key(self) -> tuple[Any, ...]:
+        """All that validation and selection read of the packing: hashable."""
+        sums = None if self.lengths is None else [(sum(one), all(one)) for one in self.lengths]
+        return (_read(self.cu_seqlens_q), _read(self.cu_seqlens_k), self.alike, sums and (*sums,))
+
+    def without_keys(self, query_length: int, bands: list[Window]) -> Tensor:
+        """Bool (Q,): queries that see no key, in a tidy packing with bands."""
+        starts_q, starts_k = self.cu_seqlens_q, self.cu_seqlens_k
+        owner = _sequence_of(starts_q, query_length)
+        place = torch.arange(query_length, device=starts_q.device) - starts_q[owner]
+        lengths = starts_k.diff()[owner]
+        return _sees_none(place, starts_q.diff()[owner], lengths, bands)
 
     def same_sequence(self, query_length: int, key_length: int) -> Tensor:
         """Bool (1, 1, Q, K): True where query and key belong to one sequence; tokens past the last belong to none."""
@@ -245,6 +354,17 @@ class Varlen(Mask):
         key_of = _sequence_of(self.cu_seqlens_k, key_length)
         inside = query_of < len(self.cu_seqlens_q) - 1
         return ((query_of[:, None] == key_of[None, :]) & inside[:, None])[None, None]
+
+    def band(self, query_length: int, key_length: int, left: int | None, right: int | None, alignment: str) -> Tensor:
+        """Bool (1, 1, Q, K): the band that each sequence has by itself; what it says across sequences means nothing."""
+        starts_q, starts_k = self.cu_seqlens_q, self.cu_seqlens_k
+        owner = _sequence_of(starts_q, query_length).clamp(max=max(0, len(starts_q) - 2))
+        place = torch.arange(query_length, device=starts_q.device) - starts_q[owner]
+        if alignment == "bottom_right":
+            lengths = [starts.diff() if len(starts) > 1 else starts for starts in (starts_q, starts_k)]
+            place = place + (lengths[1] - lengths[0])[owner]
+        own_key = torch.arange(key_length, device=starts_k.device)[None, :] - starts_k[owner][:, None]
+        return _within(place[:, None], own_key, left, right)[None, None]
 
 
 def as_mask(attn_mask: object) -> Mask | None:
@@ -288,20 +408,21 @@ def savable(attn_mask: Any) -> Any:
     """The same mask with copies of the tensors made in inference mode, which autograd cannot save for a gradient."""
     if isinstance(attn_mask, Tensor):
         return attn_mask.clone() if attn_mask.is_inference() else attn_mask
-    tensors = ("dense", "bias", "padding")
+    tensors = ("dense", "bias", "padding", "rows")
     if isinstance(attn_mask, Mask) and any(
         t is not None and t.is_inference() for t in map(attn_mask.__getattribute__, tensors)
     ):
         copies = {name: savable(getattr(attn_mask, name)) for name in tensors}
-        kept = {name: getattr(attn_mask, name) for name in ("causal", "window", "varlen", "block")}
+        kept = {name: getattr(attn_mask, name) for name in ("causal", "window", "varlen", "block", "profile", "noop")}
         return Mask(**copies, **kept)
     return attn_mask
 
 
-def facts_of(mask: Mask | None) -> MaskFacts:
-    """What can be known of a mask without reading its tensors."""
+def facts_of(mask: Mask | None, query_length: int = 0, key_length: int = 0) -> MaskFacts:
+    """What can be known of a mask without reading its tensors; lengths are those of the queries and keys."""
     if mask is None:
         return NO_MASK
+    packed = mask.varlen if isinstance(mask.varlen, Varlen) else None
     return MaskFacts(
         causal=mask.causal,
         window=mask.window,
@@ -312,7 +433,24 @@ def facts_of(mask: Mask | None) -> MaskFacts:
         bias_dtype=None if mask.bias is None else mask.bias.dtype,
         bias_needs_grad=mask.bias is not None and mask.bias.requires_grad,
         block=mask.block is not None,
+        query_padding=mask.rows is not None,
+        noop=mask.noop,
+        rows_seen=_rows_seen(mask),
+        side=mask.profile.side if mask.profile else None,
+        kept=mask.profile.eighths if mask.profile else None,
+        queries_alike=mask.profile is not None and mask.profile.alike,
+        packing="" if mask.varlen is None else packed.packing(query_length, key_length) if packed else "unknown",
+        packed_alike=packed is not None and packed.alike,
     )
+
+
+def _rows_seen(mask: Mask) -> bool:
+    """Whether every query is known to see a key: each row keeps one, and nothing else can hide it."""
+    if mask.profile is None or min(mask.profile.kept, default=0) == 0:
+        return False
+    beside = (mask.window, mask.varlen, mask.dense, mask.bias, mask.block, mask.rows)
+    first_key_is_seen = mask.causal is None or (mask.causal == "top_left" and mask.profile.side == "right")
+    return first_key_is_seen and all(part is None for part in beside)
 
 
 def _read(tensor: Tensor | None) -> tuple[Any, ...] | None:
@@ -345,6 +483,12 @@ def _only(one: Any, other: Any, what: str) -> Any:
     raise InvalidArgument("attn_mask", f"two different {what}", "combine them into one Dense mask")
 
 
+def _lone_profile(one: Mask, other: Mask) -> PaddingProfile | None:
+    """The profile of two masks' padding together: known where only one of them has any."""
+    padded = [mask for mask in (one, other) if mask.padding is not None or mask.rows is not None]
+    return padded[0].profile if len(padded) == 1 else None
+
+
 def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one & other if one is not None and other is not None else other if one is None else one
 
@@ -372,10 +516,31 @@ def _band(
     place = torch.arange(query_length, device=device)[:, None]
     if alignment == "bottom_right":
         place = place + (key_length - query_length)
-    keys = torch.arange(key_length, device=device)[None, :]
+    return _within(place, torch.arange(key_length, device=device)[None, :], left, right)
+
+
+def _within(place: Tensor, keys: Tensor, left: int | None, right: int | None) -> Tensor:
     if left is None:
         return keys <= place + right if right is not None else keys == keys + 0 * place
     return keys >= place - left if right is None else (keys >= place - left) & (keys <= place + right)
+
+
+def without_keys(mask: Mask, query_length: int, key_length: int, device: torch.device) -> Tensor:
+    """Bool (Q,): queries that causality, a window and a tidy packing leave without any key."""
+    bands: list[Window] = [] if mask.causal is None else [(None, 0, mask.causal)]
+    bands = bands if mask.window is None else [*bands, mask.window]
+    if mask.varlen is not None:
+        return mask.varlen.without_keys(query_length, bands)
+    return _sees_none(torch.arange(query_length, device=device), query_length, key_length, bands)
+
+
+def _sees_none(place: Tensor, query_length: Tensor | int, key_length: Tensor | int, bands: list[Window]) -> Tensor:
+    first, last = torch.zeros_like(place), torch.zeros_like(place) + key_length - 1
+    for left, right, alignment in bands:
+        at = place + key_length - query_length if alignment == "bottom_right" else place
+        first = first if left is None else torch.maximum(first, at - left)
+        last = last if right is None else torch.minimum(last, at + right)
+    return first > last
 
 
 def _sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:

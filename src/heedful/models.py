@@ -26,7 +26,7 @@ KEEP = "keep"
 OWN = "its own"
 # The library, and the module that knows its layers; the first to know one decides. "torch" has been imported always.
 ADAPTERS = (
-    ("diffusers", "heedful.integrations.diffusers"),
+    ("diffusers", "heedful.integrations.diffusers.layers"),
     ("transformers", "heedful.integrations.transformers"),
     ("torch", "heedful.integrations.torch_sdpa"),
 )

@@ -14,10 +14,11 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar
 
 from heedful.errors import InvalidArgument
+from heedful.sources import downloads_allowed
 
 Wish = str | tuple[str, ...]
 P = ParamSpec("P")
@@ -35,20 +36,31 @@ PREFERENCES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Policy:
-    """What auto prefers by device, and the wish that holds where neither call nor scope has one."""
+    """What auto prefers by device, and the wish that holds where neither call nor scope has one.
+
+    ``downloads``: whether kernels of the Hub may be downloaded and run. ``analyse``: whether the contents of mask
+    tensors are looked at, once a tensor.
+    """
 
     preferences: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: PREFERENCES)
     default: Wish = "auto"
     default_origin: str = "auto"
+    downloads: bool = False
+    analyse: bool = True
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Policy:
-        """The shipped table, and ``HEEDFUL_BACKEND``: a name, or several with commas for a fallback order."""
-        text = (os.environ if environ is None else environ).get(VARIABLE, "")
-        names = tuple(name.strip() for name in text.split(",") if name.strip())
+        """The shipped table, and what the environment says.
+
+        ``HEEDFUL_BACKEND``: a name, or several with commas for a fallback order. ``HEEDFUL_DOWNLOADS=1`` allows kernels
+        of the Hub, ``HEEDFUL_ANALYSE=0`` leaves mask tensors unread.
+        """
+        environ = os.environ if environ is None else environ
+        names = tuple(name.strip() for name in environ.get(VARIABLE, "").split(",") if name.strip())
+        policy = cls(downloads=downloads_allowed(environ), analyse=environ.get("HEEDFUL_ANALYSE", "1").strip() != "0")
         if not names:
-            return cls()
-        return cls(default=names[0] if len(names) == 1 else names, default_origin=VARIABLE)
+            return policy
+        return replace(policy, default=names[0] if len(names) == 1 else names, default_origin=VARIABLE)
 
     def order(self, device: str, known: Iterable[str]) -> tuple[str, ...]:
         """The known strategies in the order in which auto asks: the table, then the others, the reference last."""

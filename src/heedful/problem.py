@@ -210,16 +210,17 @@ def check_mask(mask: Mask | None, lead: Shape, query_length: int, key_length: in
     if mask.padding is not None and mask.padding.shape not in {(batch, key_length), (1, key_length)}:
         shape = tuple(mask.padding.shape)
         raise InvalidArgument("attn_mask", f"KeyPadding of shape {shape}", f"give ({batch}, {key_length})")
+    if mask.rows is not None and mask.rows.shape not in {(batch, query_length), (1, query_length)}:
+        came = f"KeyPadding with queries of shape {tuple(mask.rows.shape)}"
+        raise InvalidArgument("attn_mask", came, f"give ({batch}, {query_length})")
     if mask.block is not None:
         check_block_shape(mask.block, (batch, lead[-1] if lead else 1, query_length, key_length))
+    if mask.varlen is not None and getattr(mask.varlen, "lengths", None) is not None:
+        for name, lengths, total in zip("qk", mask.varlen.lengths or (), (query_length, key_length), strict=True):
+            if sum(lengths) > total:
+                raise InvalidArgument(f"cu_seqlens_{name}", f"a total of {sum(lengths)}", f"there are {total} tokens")
     if mask.varlen is not None and batch != 1:
         raise InvalidArgument("attn_mask", f"Varlen with batch {batch}", "pack the sequences: layout='THD', or batch 1")
-    if mask.varlen is not None and (mask.causal or mask.window):
-        raise InvalidArgument(
-            "attn_mask",
-            "Varlen with causality or a window",
-            "these would count from the pack's start; run per sequence",
-        )
 
 
 def check_block_shape(block: Any, full: Shape) -> None:
@@ -265,7 +266,7 @@ def problem_for_shapes(
         capability=device.capability,
         architecture=device.architecture,
         layout=layout,  # type: ignore[arg-type]
-        mask=facts_of(mask),
+        mask=facts_of(mask, sizes["query_length"], sizes["key_length"]),
         broadcast=broadcast,
         **fields,
     )

@@ -104,10 +104,11 @@ class Route:
         before = mirror.route
         mirror.route = None if self.wish is None else self
         try:
-            if self.wish is None:
-                return self.inner(*args, **kwargs)
             if _compiling():
                 return self._traced(args, kwargs)
+            if self.wish is None:
+                with self.scope:  # of no wish: the layers around it are not this one's
+                    return self.inner(*args, **kwargs)
             self.forwards += 1
             with self.scope:
                 if before is not None:  # the mode is on already

@@ -18,9 +18,13 @@ from dataclasses import dataclass
 
 from heedful.errors import Refused
 from heedful.lowering import Step, lower
+from heedful.masks import MaskFacts
 from heedful.policy import Policy, Wish
 from heedful.problem import AttentionProblem
-from heedful.strategy import AttentionStrategy, Refusal
+from heedful.refusal import Refusal
+from heedful.strategy import AttentionStrategy
+
+_HIDING = {"key_padding", "query_padding", "varlen", "dense", "block"}
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,16 @@ class Verdict:
         """Whether the strategy computes the problem."""
         return not self.refusals
 
+    def drops_hidden_keys(self, problem: AttentionProblem) -> bool:
+        """Whether all keys that a padding mask hides are left out before the kernel: not even NaN in them matters."""
+        padded = bool(problem.mask.kinds) and set(problem.mask.kinds) <= {"key_padding", "query_padding"}
+        dropped = any(step.lowering.drops_keys and step.old.mask != step.new.mask for step in self.steps)
+        return padded and dropped and not set(self.lowered.mask.kinds) - {"varlen"}
+
     def __str__(self) -> str:
         if self.refusals:
             return f"refuses: {'; '.join(map(str, self.refusals))}"
-        rewrites = ", ".join(f"{step.name} (mends {', '.join(step.mended)})" for step in self.steps)
+        rewrites = ", ".join(map(str, self.steps))
         return f"takes it after {rewrites}" if rewrites else "takes it as it is"
 
 
@@ -49,6 +59,7 @@ class Plan:
     """A decision: the chosen candidate, by which rung of the ladder, and the verdict on every other one.
 
     ``chosen`` is None for an empty problem, which needs no kernel, and where all candidates refuse (``refused``).
+    ``given`` is the mask as it came, where its analysis made a simpler one of it.
     ``str(plan)`` is the explanation.
     """
 
@@ -58,6 +69,7 @@ class Plan:
     rung: str
     chosen: Verdict | None
     verdicts: tuple[Verdict, ...]
+    given: MaskFacts | None = None
 
     @property
     def backend(self) -> str:
@@ -68,6 +80,11 @@ class Plan:
     def refused(self) -> bool:
         """Whether the problem needs a kernel and no wanted candidate takes it."""
         return self.chosen is None and not self.problem.is_empty
+
+    @property
+    def note(self) -> str:
+        """Whether NaN and inf in keys that the mask hides could reach the output; "" where it hides none."""
+        return _of_hidden_keys(self.chosen, self.problem) if self.chosen else ""
 
     def checked(self) -> Plan:
         """The plan itself; raises Refused, with every candidate's reasons, where nothing takes the problem."""
@@ -85,10 +102,25 @@ class Plan:
     def __str__(self) -> str:
         wish = self.wish if isinstance(self.wish, str) else " > ".join(self.wish)
         lines = [f"{self.problem}", f"-> {self.backend}: {self.rung} (wish {wish!r} from {self.origin})"]
+        if self.given is not None:
+            lines.append(f"   the mask came as {self.given} and was read as {self.problem.mask}")
+        if self.note:
+            lines.append(f"   {self.note}")
         for verdict in self.verdicts:
             sign = "*" if verdict is self.chosen else "+" if verdict.accepts else "-"
             lines.append(f"  {sign} {verdict.name:<17} {verdict}")
         return "\n".join(lines)
+
+
+def _of_hidden_keys(chosen: Verdict, problem: AttentionProblem) -> str:
+    """Whether NaN and inf in keys that a mask hides can reach the output."""
+    packed = chosen.lowered.layout == "THD" and problem.mask.varlen  # its kernel reads each sequence's own keys
+    if not set(problem.mask.kinds) & _HIDING or problem.mask.noop or packed:
+        return ""
+    if chosen.drops_hidden_keys(problem):
+        names = ", ".join(step.name for step in chosen.steps if step.lowering.drops_keys)
+        return f"hidden keys never reach the kernel ({names}): even NaN in them is harmless"
+    return "hidden keys reach the kernel with weight 0: NaN or inf in them would reach the output"
 
 
 def judge(strategy: AttentionStrategy, problem: AttentionProblem) -> Verdict:

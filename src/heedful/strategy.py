@@ -5,40 +5,39 @@ Shapes: B batch, H heads, N kv heads, Q query length, K key length, D head dim, 
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from heedful import facts as machine
 from heedful.call import mask_of_call, problem_of_call
 from heedful.errors import Refused
-from heedful.masks import Mask, of_rank_four, savable
+from heedful.facts import Facts
+from heedful.masks import Mask, Varlen, of_rank_four, savable
 from heedful.problem import AttentionProblem
+from heedful.refusal import Refusal
+from heedful.sources import Kernels, Source, load_first
 
 Answer = Tensor | tuple[Tensor, Tensor]
 Exactness = Literal["exact", "quantised", "sparse"]
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-ALL_MASKS = frozenset({"causal", "window", "key_padding", "varlen", "dense", "bias", "block"})
+ALL_MASKS = frozenset({"causal", "window", "key_padding", "query_padding", "varlen", "dense", "bias", "block"})
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """One reason why a strategy cannot compute a problem: ``field`` is what lowerings look at to mend it."""
+class Pin:
+    """What another name of a strategy fixes: the kind of source it is loaded from, or the layouts it is given."""
 
-    field: str
-    observed: str
-    required: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.field} is {self.observed}, it takes {self.required}" + (
-            f" ({self.remedy})" if self.remedy else ""
-        )
+    source: str = ""
+    layouts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +45,13 @@ class Limits:
     """What a kernel takes, as data. The defaults are the conservative ones, for a kernel that declares nothing.
 
     Capabilities bound NVIDIA devices; ``architectures`` are prefixes that an AMD device must have one of (``gfx942``);
-    limits that name only one of the two are for that maker's devices only. ``masks`` are kinds of
-    ``MaskFacts.kinds``; ``mixed_masks``: several kinds at once. ``scale``: any positive one, not only 1/sqrt(D).
-    ``empty_rows``: which of "output" and "lse" are right for a query that sees no key (zeros, -inf).
-    ``bias_in_query_dtype``: a bias must have the dtype of the query.
+    limits that name only one of the two are for that maker's devices only. ``bfloat16_from``: the capability that it
+    needs. ``masks`` are kinds of ``MaskFacts.kinds``; ``mixed_masks``: several kinds at once. ``scale``: any positive
+    one, not only 1/sqrt(D). ``empty_rows``: which of "output" and "lse" are right for a query that sees no key (zeros,
+    -inf). ``bias_in_query_dtype``: a bias must have the dtype of the query. ``max_batch``: the most batch rows in one
+    call. ``loose_packs``: packed tokens of no sequence, and sequences without keys, are right, too. ``faster_with``:
+    names of lowerings that are taken wherever they apply, because they were measured to pay here, from ``faster_from``
+    scores (B * H * Q * K) on.
     """
 
     devices: tuple[str, ...] = ("*",)
@@ -77,6 +79,11 @@ class Limits:
     deterministic_backward: bool = False
     compile: bool = False
     options: frozenset[str] = frozenset()
+    max_batch: int | None = None
+    bfloat16_from: tuple[int, int] | None = None
+    loose_packs: bool = False
+    faster_with: frozenset[str] = frozenset()
+    faster_from: int = 0
 
     def covers(self, device: str) -> bool:
         """Whether these limits speak about that type of device."""
@@ -111,6 +118,12 @@ class Limits:
         if problem.dtype not in self.dtypes:
             yield Refusal("dtype", _short(problem.dtype), "/".join(map(_short, self.dtypes)), "cast the tensors")
 
+        elif (
+            problem.dtype == torch.bfloat16 and self.bfloat16_from and (have or self.bfloat16_from) < self.bfloat16_from
+        ):
+            observed, wanted = f"bfloat16 on {problem.architecture}", f"bfloat16 from {_dotted(self.bfloat16_from)} on"
+            yield Refusal("dtype", observed, wanted, "use float16 or float32")
+
     def _sizes(self, problem: AttentionProblem) -> Iterator[Refusal]:
         dims = {problem.head_dim, problem.value_dim}
         if self.max_head_dim is not None and max(dims) > self.max_head_dim:
@@ -122,9 +135,14 @@ class Limits:
             observed = f"{problem.value_dim} beside head dim {problem.head_dim}"
             yield Refusal("value dim", observed, "equal ones", "pad the shorter one with zeros")
         if problem.layout not in self.layouts:
-            yield Refusal("layout", problem.layout, "/".join(self.layouts), "transpose")
+            packed = self.layouts == ("THD",)
+            yield Refusal(
+                "layout", problem.layout, "/".join(self.layouts), "pack the sequences" if packed else "transpose"
+            )
         if problem.broadcast:
             yield Refusal("leading sizes", "broadcast", "(batch, heads, length, head dim) alike", "expand them")
+        if self.max_batch is not None and problem.batch > self.max_batch:
+            yield Refusal("batch", str(problem.batch), f"at most {self.max_batch}", "split the batch")
         if problem.heads != problem.kv_heads and not self.gqa:
             observed = f"{problem.kv_heads} for {problem.heads} query heads"
             yield Refusal("kv heads", observed, "as many as query heads", "repeat key and value heads")
@@ -135,6 +153,9 @@ class Limits:
         for kind in mask.kinds:
             if kind not in self.masks:
                 yield Refusal("mask", kind, "/".join(sorted(self.masks)) or "no mask", remedy)
+        if mask.varlen and "varlen" in self.masks and mask.packing != "tidy" and not self.loose_packs:
+            remedy = "leave mask analysis on, outside of torch.compile" if mask.packing == "unknown" else "tidy it"
+            yield Refusal("packing", mask.packing, "sequences that cover all tokens and have keys", remedy)
         if len(mask.kinds) > 1 and not self.mixed_masks:
             yield Refusal("mask mix", " & ".join(mask.kinds), "one kind at a time", "join them into one dense mask")
         for alignment in {mask.causal, mask.window[2] if mask.window else None} - {None, *self.causal_alignments}:
@@ -187,9 +208,11 @@ class AttentionStrategy(ABC):
     """
 
     name: ClassVar[str] = ""
-    aliases: ClassVar[tuple[str, ...]] = ()
+    aliases: ClassVar[tuple[str, ...] | Mapping[str, Pin]] = ()
+    sources: ClassVar[tuple[Source, ...]] = ()
     limits: ClassVar[Limits | tuple[Limits, ...]] = Limits()
     exactness: ClassVar[Exactness] = "exact"
+    pin: Pin = Pin()
 
     @abstractmethod
     def compute_attention(self, *args: Any, **kwargs: Any) -> Answer:
@@ -197,20 +220,57 @@ class AttentionStrategy(ABC):
 
         ``kwargs`` are those of: attn_mask (bool, or float to be added; four dimensions that broadcast to (B, H, Q, K)),
         attn_bias (float, beside a bool attn_mask), is_causal, causal_alignment ("bottom_right"), window (left, right),
-        window_alignment ("bottom_right"), key_padding (bool (B, K)), varlen (a Varlen), block_mask, dropout_p, scale,
-        enable_gqa, softcap, options by their names, and return_lse, with which it returns (out, lse): lse is
-        float32 (B, H, Q).
+        window_alignment ("bottom_right"), key_padding (bool (B, K)), query_padding (bool (B, Q)), varlen (a Varlen),
+        block_mask, dropout_p, scale, enable_gqa, softcap, options by their names, and return_lse, with which it returns
+        (out, lse): lse is float32 (B, H, Q).
+
+        Where ``limits.layouts`` say so, tensors come as (B, Q, H, D), or packed (T, H, D) with ``varlen``.
         """
 
     def limits_for(self, device: str) -> Limits:
         """The limits that speak about a type of device; where none do, some that name every type with limits."""
         every = self.limits if isinstance(self.limits, tuple) else (self.limits,)
         known = next((limits for limits in every if limits.covers(device)), None)
-        return known or replace(every[0], devices=tuple(name for limits in every for name in limits.devices))
+        known = known or replace(every[0], devices=tuple(name for limits in every for name in limits.devices))
+        return replace(known, layouts=self.pin.layouts) if self.pin.layouts else known
+
+    @classmethod
+    def pins(cls) -> Mapping[str, Pin]:
+        """The other names of the strategy, and what each one pins."""
+        return cls.aliases if isinstance(cls.aliases, Mapping) else dict.fromkeys(cls.aliases, Pin())
+
+    def lacks(self, facts: Facts, downloads: bool = False) -> tuple[Refusal, ...]:
+        """What keeps every source of its kernels from being loaded; empty where one can be, or where it needs none."""
+        found = [source.lack(facts, downloads and self._is_of_the_hub()) for source in self.wanted_sources()]
+        return () if None in found else tuple(lack for lack in found if lack is not None)
+
+    def wanted_sources(self) -> tuple[Source, ...]:
+        """The sources to look at, in order."""
+        return tuple(one for one in self.sources if self.pin.source in ("", one.kind))
+
+    def _is_of_the_hub(self) -> bool:
+        """Whether its name says so: code comes from the network for no other. ``flash`` never is, ``flash_hub`` is."""
+        return all(source.kind == "hub" for source in self.wanted_sources())
+
+    def load(self, facts: Facts, downloads: bool = False) -> None:
+        """Import the kernels, once. Raises CannotLoad."""
+        if "kernels" not in self.__dict__ and self.sources:
+            self.__dict__["kernels"] = load_first(self.wanted_sources(), facts, downloads and self._is_of_the_hub())
+
+    @functools.cached_property
+    def kernels(self) -> Kernels:
+        """The functions of its source by their names; loaded by the dispatcher, or here at first use."""
+        self.load(machine.probe())
+        loaded: Kernels = self.__dict__.get("kernels", Kernels())
+        return loaded
 
     def refusals(self, problem: AttentionProblem) -> tuple[Refusal, ...]:
         """Why this strategy cannot compute the problem; empty when it can. Pure. Extend it for rules of your own."""
-        return tuple(self.limits_for(problem.device).refusals(problem))
+        found = tuple(self.limits_for(problem.device).refusals(problem))
+        if problem.max_error is not None and problem.max_error < math.inf and self.exactness != "exact":
+            remedy = "use an exact backend, or leave it out"
+            found += (Refusal("max_error", f"{problem.max_error:g}", "none: its error has no known bound", remedy),)
+        return found
 
     def validate_constraints(self, **kwargs: Any) -> None:
         """Raise Refused unless this strategy itself, without any rewriting, takes this call.
@@ -277,6 +337,8 @@ def mask_arguments(mask: Mask | None) -> dict[str, Any]:
         arguments["attn_mask" if mask.dense is None else "attn_bias"] = of_rank_four(mask.bias)
     if mask.padding is not None:
         arguments["key_padding"] = mask.padding
+    if mask.rows is not None:
+        arguments["query_padding"] = mask.rows
     if mask.varlen is not None:
         arguments["varlen"] = mask.varlen
     if mask.block is not None:
@@ -290,6 +352,22 @@ def unit_strides(*tensors: Tensor) -> tuple[Tensor, ...]:
     Torch's operators read such tensors as if they were (2.13: CPU flash gives noise); SDPA checks before it calls them.
     """
     return tuple(t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format) for t in tensors)
+
+
+def packed_arguments(varlen: Varlen, query: Tensor, key: Tensor) -> dict[str, Any]:
+    """What flash-attn's packed functions want to know of a packing: int32 ends, and the longest sequences.
+
+    A longest sequence that the packing does not state is read from its ends, which waits for the GPU; under
+    ``torch.compile``, where nothing can be read, it is T, which costs blocks of threads that find nothing to do.
+    """
+    ends = [cu.to(device=query.device, dtype=torch.int32) for cu in (varlen.cu_seqlens_q, varlen.cu_seqlens_k)]
+    longest = [varlen.max_seqlen_q, varlen.max_seqlen_k]
+    if None in longest and torch.compiler.is_compiling():
+        longest = [len(query), len(key)]
+    elif None in longest:
+        longest = torch.stack([cu.diff().max() for cu in ends]).tolist()
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    return dict(zip(names, [*ends, *longest], strict=True))
 
 
 def _dotted(capability: tuple[int, int]) -> str:

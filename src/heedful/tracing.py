@@ -15,7 +15,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -170,6 +170,13 @@ def _raise(argument: str, observed: str, remedy: str) -> None:
     raise _passing_dynamo(error) from error
 
 
+def malformed(argument: str, observed: object, remedy: str) -> NoReturn:
+    """Raise InvalidArgument from code that may be traced: dynamo would put an error of its own in its place."""
+    if torch.compiler.is_compiling():
+        _raise(argument, str(observed), remedy)
+    raise InvalidArgument(argument, observed, remedy)
+
+
 def _passing_dynamo(error: HeedfulError, more: str = "") -> HeedfulError:
     """An equal exception that is also dynamo's error of a user, which it lets through; others it wraps as internal."""
     from torch._dynamo.exc import UserError, UserErrorType
@@ -262,7 +269,7 @@ def _bind(
         compiling=True,
         **fields,
     )
-    return dispatcher.bound_for_tracing(problem, wish, inherited, words)
+    return dispatcher.bound_for_tracing(problem, wish, inherited, words, place)
 
 
 def _joined(mask: Mask | None, words: dict[str, Any]) -> Mask | None:

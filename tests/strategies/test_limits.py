@@ -46,7 +46,7 @@ TAKEN = [
     ("sm_50", "native_efficient", {"mask": BIAS}, ["zero_empty_rows"]),
     ("sm_75", "native_efficient", {"mask": DENSE}, ["materialise_mask", "zero_empty_rows"]),
     ("sm_75", "native_efficient", {"mask": PADDING}, ["materialise_mask", "zero_empty_rows"]),
-    ("sm_75", "native_efficient", {"mask": WINDOW}, ["materialise_mask", "zero_empty_rows"]),
+    ("sm_75", "native_efficient", {"mask": WINDOW}, ["trim_causal", "materialise_mask"]),
     ("sm_75", "native_efficient", {"head_dim": 512}, []),  # a VAE's one head
     ("sm_75", "native_efficient", {"kv_heads": 2}, ["expand_kv_heads"]),
     ("gfx942", "native_efficient", {"mask": CAUSAL}, []),

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from heedful.cli.demo import demo
+from heedful.cli.explain import explain
 from heedful.cli.listing import list_
 from heedful.errors import HeedfulError
 
@@ -17,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo)
+app.command("explain")(explain)
 app.command("list")(list_)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import platform
 from collections.abc import Callable
@@ -66,6 +67,7 @@ def demo(
             heedful.AttentionStrategyFactory.resolve(name)
     _check_device(device)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _quiet_extras()
     if model is None:
         if prompt or revision:
             raise typer.BadParameter("--prompt and --revision go with --model; the digits need neither")
@@ -106,6 +108,11 @@ def _check_device(device: str | None) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without that device
         raise typer.BadParameter(f"{device} is no device of this machine: {error}", param_hint="--device") from error
+
+
+def _quiet_extras() -> None:
+    """diffusers imports xFormers where it is installed, which logs that its wheel is for another torch."""
+    logging.getLogger("xformers").setLevel(logging.ERROR)
 
 
 def _digits(each: int, steps: int, seed: int, device: str) -> _Show:
@@ -178,6 +185,14 @@ def _progress() -> Progress:
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
+def _by_reason(refused: dict[str, str]) -> dict[str, list[str]]:
+    """The backends by the first of their reasons; ``heedful list --verbose`` tells all, with the remedies."""
+    found: dict[str, list[str]] = {}
+    for name, reasons in refused.items():
+        found.setdefault(reasons.partition(" (")[0].partition(";")[0], []).append(name)
+    return found
+
+
 def _result(drawn: list[Drawn], refused: dict[str, str], show: _Show, judge: str, out: Path) -> dict[str, Any]:
     """All figures as JSON data; writes the picture."""
     from heedful.demo.picture import grid, save, side_by_side
@@ -225,6 +240,6 @@ def _print(result: dict[str, Any]) -> None:
     for row in result["backends"]:
         if row["refused"]:
             console.print(f"{row['backend']} refused: {row['refused']}", highlight=False, markup=False)
-    for name, reason in result["cannot_run_here"].items():
-        console.print(f"[dim]{name} cannot run here: {reason}[/dim]", highlight=False)
+    for reason, names in _by_reason(result["cannot_run_here"]).items():
+        console.print(f"cannot run here, because {reason}: {', '.join(names)}", style="dim", highlight=False)
     console.print(f"picture: {result['picture']}")

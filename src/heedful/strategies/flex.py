@@ -51,9 +51,11 @@ class FlexAttentionStrategy(AttentionStrategy):
             min_capability=(7, 5),
             architectures=("gfx",),
             dtypes=(torch.float32, *HALF),
+            bfloat16_from=(8, 0),  # below it torch leaves the call uncompiled
             min_head_dim=16,
             backward=True,
             compile=True,
+            faster_with=frozenset({"block_mask"}),  # which it would make of the same mask at every call
         ),
     )
 

@@ -32,7 +32,16 @@ class NativeAttentionStrategy(AttentionStrategy):
     name = "native"
     # On a CPU both kernels give zeros to a row that sees no key (measured, torch 2.13); elsewhere it depends on the
     # kernel that torch picks, so the rows are set to zero for it.
-    limits = (replace(_EVERYWHERE, devices=("cpu",), empty_rows=frozenset({"output"})), _EVERYWHERE)
+    limits = (
+        replace(
+            _EVERYWHERE,
+            devices=("cpu",),
+            empty_rows=frozenset({"output"}),
+            faster_with=frozenset({"gather_keys", "upcast"}),  # see benchmarks/lowerings.py
+            faster_from=1 << 14,
+        ),
+        _EVERYWHERE,
+    )
 
     # The very function: a wrapper would cost 0.4 us a call.
     compute_attention = staticmethod(torch.nn.functional.scaled_dot_product_attention)

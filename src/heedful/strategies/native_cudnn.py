@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from heedful.problem import AttentionProblem
-from heedful.strategy import HALF, AttentionStrategy, Limits, Refusal, unit_strides
+from heedful.refusal import Refusal
+from heedful.strategy import HALF, AttentionStrategy, Limits, unit_strides
 
 _UP_TO_128 = Limits(
     devices=("cuda",),

@@ -25,6 +25,7 @@ class NativeEfficientAttentionStrategy(AttentionStrategy):
         min_capability=(5, 0),
         architectures=("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201"),
         dtypes=(torch.float32, torch.float16, torch.bfloat16),
+        bfloat16_from=(8, 0),
         head_dim_multiple=8,
         value_dim_may_differ=True,
         masks=frozenset({"causal", "bias"}),

@@ -5,10 +5,26 @@ No LSE. The aten operator reads a bool mask as a bias of 0 and 1, so bool masks 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from heedful.strategy import FLOATS, AttentionStrategy, Limits
+
+_EVERYWHERE = Limits(
+    dtypes=FLOATS,
+    value_dim_may_differ=True,
+    masks=frozenset({"causal", "bias"}),
+    bias_backward=True,
+    empty_rows=frozenset({"output"}),
+    gqa=True,
+    scale=True,
+    dropout=True,
+    backward=True,
+    deterministic_backward=True,
+    compile=True,
+)
 
 
 class NativeMathAttentionStrategy(AttentionStrategy):
@@ -16,18 +32,9 @@ class NativeMathAttentionStrategy(AttentionStrategy):
 
     name = "native_math"
     aliases = ("_native_math",)
-    limits = Limits(
-        dtypes=FLOATS,
-        value_dim_may_differ=True,
-        masks=frozenset({"causal", "bias"}),
-        bias_backward=True,
-        empty_rows=frozenset({"output"}),
-        gqa=True,
-        scale=True,
-        dropout=True,
-        backward=True,
-        deterministic_backward=True,
-        compile=True,
+    limits = (
+        replace(_EVERYWHERE, devices=("cpu",), faster_with=frozenset({"chunk_causal"})),  # benchmarks/lowerings.py
+        _EVERYWHERE,
     )
 
     def compute_attention(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from heedful.errors import Refused
-from heedful.testing.samples import Built, Sample, logical
+from heedful.testing.samples import GARBAGE, Built, Sample, logical
 from heedful.testing.subject import Outcome, Subject
 from heedful.testing.tolerance import ContractBroken, check_close, check_similar
 
@@ -32,7 +32,7 @@ def examine(subject: Subject, sample: Sample, aspect: str) -> Outcome:
         outcome = _refusal(subject, built, arguments)
         if outcome is not None:
             return outcome
-        for asked in (built.poisoned(1.0), built.poisoned(-1.0)) if aspect == "garbage" else (built,):
+        for asked in _poisoned(subject, built, arguments) if aspect == "garbage" else (built,):
             try:
                 _ask(subject, asked, built, arguments)
             except Refused as refused:  # by its own look at the tensors, at the call
@@ -40,6 +40,14 @@ def examine(subject: Subject, sample: Sample, aspect: str) -> Outcome:
         if seed == 0 and aspect in {"forward", "gradient"}:
             _ask_alone(subject, built, arguments)
     return Outcome()
+
+
+def _poisoned(subject: Subject, built: Built, arguments: dict[str, Any]) -> list[Built]:
+    """The call with finite garbage in hidden keys; with NaN, too, where the plan says that it leaves these out."""
+    with built.surroundings():
+        plan = subject.dispatcher.explain(*built.tensors, **arguments, backend=subject.name)
+    immune = plan.chosen is not None and plan.chosen.drops_hidden_keys(plan.problem)
+    return [built.poisoned(garbage) for garbage in (GARBAGE, -GARBAGE, *([math.nan] if immune else []))]
 
 
 def _refusal(subject: Subject, built: Built, arguments: dict[str, Any]) -> Outcome | None:
@@ -70,7 +78,9 @@ def _ask(subject: Subject, asked: Built, clean: Built, arguments: dict[str, Any]
         answer = subject.dispatcher.attention(*asked.tensors, **arguments, backend=subject.name)
     check_answer(subject, clean, arguments, answer)
     for tensor, copy, version in zip(inputs, copies, versions, strict=True):
-        if not torch.equal(tensor, copy) or (version is not None and tensor._version != version):
+        if not torch.allclose(tensor, copy, 0, 0, equal_nan=True) or (
+            version is not None and tensor._version != version
+        ):
             raise ContractBroken(f"{subject.name} changed an input of shape {tuple(tensor.shape)} in place")
 
 
@@ -78,14 +88,15 @@ def _ask_alone(subject: Subject, built: Built, arguments: dict[str, Any]) -> Non
     """Ask the strategy without any lowering: it must answer rightly within its bare limits, and refuse beyond."""
     if built.sample.is_empty and subject.strategy.has_own_validation():  # it may trust the dispatcher with these
         return
+    machine: dict[str, Any] = {} if subject.machine is None else {"facts": subject.machine}
     strategy, call = subject.strategy, dict(zip(("query", "key", "value"), built.tensors, strict=True)) | arguments
     with built.surroundings():
         try:
-            strategy.validate_constraints(**call)
+            strategy.validate_constraints(**call, **machine)
         except Refused:
-            _check_that_it_refuses(subject, call)
+            _check_that_it_refuses(subject, call | machine)
             return
-        answer = strategy.validate_and_compute(**call)
+        answer = strategy.validate_and_compute(**call, **machine)
     check_answer(subject, built, arguments, answer)
 
 

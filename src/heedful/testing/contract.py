@@ -10,14 +10,15 @@ cannot pass by refusing, ``coverage`` demands that all which its limits declare 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from heedful.errors import HeedfulError
+from heedful.facts import Facts
 from heedful.select import judge
-from heedful.strategy import AttentionStrategy
+from heedful.strategy import AttentionStrategy, Pin
 from heedful.testing.checks import examine
 from heedful.testing.samples import Sample
 from heedful.testing.subject import MACHINE, Outcome, Subject, asked_for, check_declaration, declared, devices_here
@@ -55,25 +56,38 @@ def checks(
     devices: Iterable[str] | None = None,
     samples: Iterable[Sample] | None = None,
     tolerance: Tolerance | None = None,
+    machine: Facts | None = None,
 ) -> tuple[Check, ...]:
     """All checks of a strategy, given as a class or by its registered name.
 
     ``devices``: torch's types, by default all here. ``samples``: instead of the table's. ``tolerance``: what a strategy
-    that is not exact is held to. On a device that the limits do not name, one check says so.
+    that is not exact is held to. ``machine``: facts to judge by, such as those of a GPU that a stand-in of the
+    strategy's package plays on the CPU. On a device that the limits do not name, one check says so.
     """
     every: list[Check] = []
     for device in devices_here() if devices is None else devices:
-        subject = Subject.of(strategy, device, tolerance or Tolerance())
+        subject = Subject.of(strategy, device, tolerance or Tolerance(), machine)
         every.append(Check(subject, "declaration"))
         every.append(Check(subject, "device"))
         if _plain_refusals(subject) & MACHINE:
             continue
-        every += [Check(subject, aspect) for aspect in ("plain", "auto")]
+        every += [
+            Check(subject, aspect) for aspect in (("plain",) if subject.strategy.pin != Pin() else ("plain", "auto"))
+        ]
         if samples is None:
             every.append(Check(subject, "coverage"))
             every += [Check(subject, aspect, one, slow=True) for one in EXHAUSTIVE for aspect in one.aspects]
-        every += [Check(subject, aspect, one) for one in samples or SAMPLES for aspect in _aspects(one)]
+        for one in _asked(subject) if samples is None else samples:
+            every += [Check(subject, aspect, one) for aspect in _aspects(one)]
     return tuple(every)
+
+
+def _asked(subject: Subject) -> tuple[Sample, ...]:
+    """The table's samples; those in float32 in the first dtype that the strategy takes, where it takes no float32."""
+    dtypes = subject.limits.dtypes
+    if torch.float32 in dtypes or subject.kind_of_device == "cpu":
+        return SAMPLES
+    return tuple(replace(one, dtype=dtypes[0]) if one.dtype == torch.float32 else one for one in SAMPLES)
 
 
 def _aspects(sample: Sample) -> tuple[str, ...]:
@@ -87,8 +101,6 @@ def _plain_refusals(subject: Subject) -> set[str]:
 
 
 def _plain_plan(subject: Subject, dtype: torch.dtype) -> set[str]:
-    from dataclasses import replace
-
     built = replace(PLAIN, dtype=dtype, head_dim=64).build(subject.device)
     (verdict,) = subject.dispatcher.explain(*built.tensors, backend=subject.name).verdicts
     return {refusal.field for refusal in verdict.refusals}
@@ -129,8 +141,6 @@ def check_plain(subject: Subject) -> Outcome:
 
 def check_auto(subject: Subject) -> Outcome:
     """ "auto" may choose the strategy if, and only if, it is exact."""
-    from dataclasses import replace
-
     dtype = next(dtype for dtype in subject.limits.dtypes)
     built = replace(PLAIN, dtype=dtype, head_dim=64).build(subject.device)
     plan = subject.dispatcher.explain(*built.tensors, backend="auto")
@@ -142,13 +152,13 @@ def check_auto(subject: Subject) -> Outcome:
 def check_coverage(subject: Subject) -> Outcome:
     """All that the limits declare for this device was computed, through at least one sample."""
     reached: set[str] = set()
-    for sample in SAMPLES:
+    for sample in _asked(subject):
         for aspect in sample.aspects:
             built = sample.build(subject.device, needs_grad=aspect in {"gradient", "both"})
             with built.surroundings():
                 call = {**built.arguments, "return_lse": aspect in {"lse", "both"}}
                 plan = subject.dispatcher.explain(*built.tensors, **call, backend=subject.name)
-            reached |= asked_for(plan.chosen.lowered) if plan.chosen else set()
+            reached |= asked_for(plan.chosen.lowered) | {f"dtypes: {plan.problem.dtype}"} if plan.chosen else set()
     missing = declared(subject.limits) - reached
     if missing:
         raise ContractBroken(f"{subject.name} declares what no sample could make it compute: {sorted(missing)}")

@@ -113,38 +113,70 @@ class Float(Part):
 
 @dataclass(frozen=True)
 class Padding(Part):
-    """Keys kept per batch row: ``right``, ``left`` or ``interior`` padding, ``none``; with ``row`` one keeps none."""
+    """Keys kept per batch row: ``right``, ``left`` or ``interior`` padding, ``none``; with ``row`` one keeps none.
+
+    ``queries`` says likewise which queries are real, "" for all.
+    """
 
     kind: str = "right"
+    queries: str = ""
 
     def make(self, room: Room) -> Made:
         """See the base class."""
         rows, keys = math.prod(room.lead[:-1]), room.key_length
-        place = torch.arange(keys)
-        lengths = torch.tensor([max(1, keys - 1 - 3 * row) for row in range(rows)])[:, None]
-        keep = place < lengths
-        if self.kind == "left":
-            keep = place >= keys - lengths
-        elif self.kind == "interior":
-            keep = (place % 3 != 1) ^ (place > lengths)
-            keep[:, :1] = True
-        elif self.kind == "none":
-            keep = torch.ones_like(keep)
-        elif self.kind == "row":
-            keep[:1] = False
-        keep = keep.to(room.device)
+        keep = kept_places(self.kind, rows, keys).to(room.device)
         heads = (1,) if room.lead else ()
-        value = masks.KeyPadding(keep)
-        return Made(value, value, seen=keep.reshape(*room.lead[:-1], *heads, 1, keys))
+        seen = keep.reshape(*room.lead[:-1], *heads, 1, keys)
+        if not self.queries:
+            value = masks.KeyPadding(keep)
+            return Made(value, value, seen=seen)
+        used = kept_places(self.queries, rows, room.query_length).to(room.device)
+        value = masks.KeyPadding(keep, used)
+        return Made(value, value, seen=seen & used.reshape(*room.lead[:-1], *heads, room.query_length, 1))
+
+
+@dataclass(frozen=True)
+class Structured(Part):
+    """A dense tensor with a structure that can be read off: ``padding``, ``both`` (queries, too), ``causal``, ``band``,
+    ``blocks``, ``all``. ``axes`` are those that it really has; it comes as bool, or as a bias of 0 and ``lowest``.
+    """
+
+    kind: str
+    axes: str = "BQK"
+    lowest: float | None = None
+
+    def make(self, room: Room) -> Made:
+        """See the base class."""
+        rows, queries, keys = math.prod(room.lead[:-1]), room.query_length, room.key_length
+        q, k = torch.arange(queries)[:, None], torch.arange(keys)[None]
+        padding = kept_places("right", rows, keys)[:, None, None]
+        seen = {
+            "all": k == k,
+            "padding": padding,
+            "both": padding & kept_places("right", rows, queries)[:, None, :, None],
+            "causal": k <= q,
+            "band": (k >= q - 2) & (k <= q + 1),
+            "blocks": (q < 4) == (k < 5),
+        }[self.kind]
+        sizes = {"B": rows, "H": room.lead[-1], "Q": queries, "K": keys}
+        tensor = seen.expand(*(sizes[axis] if axis in self.axes else 1 for axis in "BHQK")).clone().to(room.device)
+        if self.lowest is None:
+            return Made(tensor, masks.Dense(tensor), seen=tensor)
+        bias = torch.zeros(tensor.shape, dtype=room.dtype, device=room.device).masked_fill(~tensor, self.lowest)
+        return Made(bias, masks.Bias(bias), bias=bias)
 
 
 @dataclass(frozen=True)
 class Packed(Part):
-    """Sequences one behind the other, by their lengths; tokens behind the last belong to none."""
+    """Sequences one behind the other, by their lengths; tokens behind the last belong to none.
+
+    ``band``, (left, right, alignment), lets each query see only keys around its own place in its sequence.
+    """
 
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...] | None = None
     dtype: torch.dtype = torch.int32
+    band: tuple[int | None, int | None, str] | None = None
 
     def make(self, room: Room) -> Made:
         """See the base class."""
@@ -152,8 +184,24 @@ class Packed(Part):
         owners = [_owners(self.query_lengths, room.query_length), _owners(keys, room.key_length)]
         seen = torch.tensor([[q == k and q >= 0 for k in owners[1]] for q in owners[0]], device=room.device)
         ends = [self._ends(self.query_lengths, room), None if self.key_lengths is None else self._ends(keys, room)]
-        value = masks.Varlen(*ends)  # type: ignore[arg-type]
+        value: masks.Mask = masks.Varlen(*ends)  # type: ignore[arg-type]
+        if self.band is not None:
+            seen, (left, right, alignment) = seen & self._bands(keys, room), self.band
+            known = masks.as_alignment(alignment)
+            causal = (left, right) == (None, 0)
+            value = value & (masks.Causal(known) if causal else masks.SlidingWindow(left, right, known))
         return Made(value, value, seen=seen.reshape(room.query_length, room.key_length))
+
+    def _bands(self, key_lengths: tuple[int, ...], room: Room) -> Tensor:
+        """Bool (Q, K): the band of each sequence by itself."""
+        from heedful.testing.oracle import band
+
+        assert self.band is not None
+        pairs = zip(self.query_lengths, key_lengths, strict=True)
+        own = [band(queries, keys, *self.band, room.device) for queries, keys in pairs]
+        joined = torch.block_diag(*own).to(torch.bool)
+        behind = (0, room.key_length - joined.shape[1], 0, room.query_length - joined.shape[0])
+        return torch.nn.functional.pad(joined, behind)
 
     def _ends(self, lengths: tuple[int, ...], room: Room) -> Tensor:
         ends = [sum(lengths[:count]) for count in range(len(lengths) + 1)]
@@ -201,6 +249,23 @@ class Block(Part):
         places = [torch.arange(size, device=room.device) for size in (heads, *lengths)]
         head, query, key = places[0][:, None, None], places[1][:, None], places[2]
         return Made(block, masks.Mask(block=block), seen=sees(head, head, query, key).expand(heads, *lengths))
+
+
+def kept_places(kind: str, rows: int, length: int) -> Tensor:
+    """Bool (rows, length): which places are real, see ``Padding``."""
+    place = torch.arange(length)
+    lengths = torch.tensor([max(1, length - 1 - 3 * row) for row in range(rows)])[:, None]
+    keep = place < lengths
+    if kind == "left":
+        keep = place >= length - lengths
+    elif kind == "interior":
+        keep = (place % 3 != 1) ^ (place > lengths)
+        keep[:, :1] = True
+    elif kind == "none":
+        keep = torch.ones_like(keep)
+    elif kind == "row":
+        keep[:1] = False
+    return keep
 
 
 def strided(tensor: Tensor, kind: str, device: torch.device) -> Tensor:

@@ -190,14 +190,14 @@ class Built:
             out, lse = attend(query, key, value, bias, meaning)
         return out, lse, tuple(copies.values())
 
-    def poisoned(self, sign: float) -> Built:
+    def poisoned(self, garbage: float) -> Built:
         """The same call with garbage in every key and value that no query sees; the answer must stay."""
         seen, lengths = self._seen_keys()
         tensors = list(self.tensors)
         for index in (1, 2):
             shape = logical(tensors[index], self.sample.layout).shape
             unseen = ~_reduced(seen.expand(*self.lead, lengths), shape[:-1])
-            spoilt = logical(tensors[index], self.sample.layout).masked_fill(unseen[..., None], sign * GARBAGE)
+            spoilt = logical(tensors[index], self.sample.layout).masked_fill(unseen[..., None], garbage)
             tensors[index] = given(spoilt, self.sample.layout)
         return replace(self, tensors=(tensors[0], tensors[1], tensors[2]))
 

@@ -10,11 +10,13 @@ import torch
 from heedful.dispatch import AttentionDispatcher
 from heedful.errors import Refused
 from heedful.factory import AttentionStrategyFactory
+from heedful.facts import Facts
 from heedful.masks import ALIGNMENTS
 from heedful.policy import Policy
 from heedful.problem import LAYOUTS, AttentionProblem
+from heedful.refusal import Refusal
 from heedful.select import Plan
-from heedful.strategy import ALL_MASKS, AttentionStrategy, Limits, Refusal
+from heedful.strategy import ALL_MASKS, AttentionStrategy, Limits, Pin
 from heedful.testing.tolerance import ContractBroken, Tolerance
 
 # What lowerings rewrite away, whatever the kernel: it is never a reason in the end.
@@ -22,7 +24,9 @@ _ALWAYS_MENDED = frozenset(
     {"layout", "leading sizes", "autocast", "kv heads", "bias dtype", "head dim padding", "value dim", "scale"}
 )
 # What a machine lacks. A strategy that is refused for these is not tested here, and says so.
-MACHINE = frozenset({"device", "architecture", "compute capability"})
+MACHINE = frozenset(
+    {"device", "architecture", "compute capability", "package", "download", "folder", "import", "probe"}
+)
 
 
 @dataclass(frozen=True)
@@ -44,21 +48,39 @@ class Subject:
     device: str
     dispatcher: AttentionDispatcher
     tolerance: Tolerance
+    machine: Facts | None = None
 
     @classmethod
-    def of(cls, strategy: type[AttentionStrategy] | str, device: str, tolerance: Tolerance) -> Subject:
-        """The strategy, given as a class or by its name in the default registry, under its own name."""
-        kind = type(AttentionStrategyFactory.create_strategy(strategy)) if isinstance(strategy, str) else strategy
-        name = strategy if isinstance(strategy, str) else strategy.name or strategy.__name__
+    def of(
+        cls,
+        strategy: type[AttentionStrategy] | str,
+        device: str,
+        tolerance: Tolerance,
+        machine: Facts | None = None,
+    ) -> Subject:
+        """The strategy, given as a class or by a name or alias in the default registry, under its own name.
+
+        ``machine``: the facts to judge by, instead of this machine's.
+        """
+        made = AttentionStrategyFactory.create_strategy(strategy) if isinstance(strategy, str) else None
+        kind = type(made) if made is not None else strategy
+        assert isinstance(kind, type)
+        name = (strategy if isinstance(strategy, str) else kind.name) or kind.__name__
         factory = AttentionStrategyFactory(packages=(), plugins=False)
-        factory.register_strategy(name, kind)
-        dispatcher = AttentionDispatcher(factory, policy=Policy())
-        return cls(name, factory.create_strategy(name), device, dispatcher, tolerance)
+        factory.register_strategy(kind.name if made is not None and made.pin != Pin() else name, kind)
+        policy = Policy(downloads=Policy.from_environment().downloads)
+        dispatcher = AttentionDispatcher(factory, facts=machine, policy=policy)
+        return cls(name, factory.create_strategy(name), device, dispatcher, tolerance, machine)
+
+    @property
+    def kind_of_device(self) -> str:
+        """The type of its device by the facts, which may see more in it than torch."""
+        return self.dispatcher.facts.device(torch.device(self.device)).type
 
     @property
     def limits(self) -> Limits:
         """Its limits on this device."""
-        return self.strategy.limits_for(self.device)
+        return self.strategy.limits_for(self.kind_of_device)
 
     @property
     def is_exact(self) -> bool:
@@ -82,7 +104,8 @@ class Subject:
             raise ContractBroken(f"a refusal must give field, observed and required: {refusal!r}")
         if type(self.strategy).refusals is not AttentionStrategy.refusals:
             return  # it has rules of its own
-        if refusal.field in _ALWAYS_MENDED:
+        packed_only = refusal.field == "layout" and self.strategy.limits_for(lowered.device).layouts == ("THD",)
+        if refusal.field in _ALWAYS_MENDED and not packed_only:
             raise ContractBroken(f"{self.name} refuses for {refusal}, which a lowering can mend: {lowered}")
         broken = _broken(lowered, self.strategy.limits_for(lowered.device)).get(refusal.field)
         if broken is False:
@@ -153,9 +176,11 @@ def _broken(problem: AttentionProblem, limits: Limits) -> dict[str, bool]:
     missing = not limits.empty_rows >= {"output"} or (problem.needs_lse and "lse" not in limits.empty_rows)
     return {
         "device": not (problem.device in limits.devices or "*" in limits.devices),
-        "dtype": problem.dtype not in limits.dtypes,
+        "dtype": problem.dtype not in limits.dtypes or _before_bfloat16(problem, limits),
         "head dim": max(dims) > (limits.max_head_dim or max(dims)),
         "mask": not set(mask.kinds) <= limits.masks and not joins,
+        "packing": mask.packing != "tidy" and not limits.loose_packs,
+        "batch": problem.batch > (limits.max_batch or problem.batch),
         "mask mix": len(mask.kinds) > 1 and not joins,
         "causal alignment": bool(_alignments(problem)) and not joins,
         "bias gradient": mask.bias_needs_grad and not limits.bias_backward,
@@ -169,6 +194,11 @@ def _broken(problem: AttentionProblem, limits: Limits) -> dict[str, bool]:
         "torch.compile": problem.compiling and not limits.compile,
         "options": not {name for name, _ in problem.options} <= limits.options,
     }
+
+
+def _before_bfloat16(problem: AttentionProblem, limits: Limits) -> bool:
+    since, have = limits.bfloat16_from, problem.capability
+    return problem.dtype == torch.bfloat16 and since is not None and have is not None and have < since
 
 
 def devices_here() -> tuple[str, ...]:

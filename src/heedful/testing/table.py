@@ -5,6 +5,7 @@ A sample differs from the plain one in what its name says.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from heedful.testing.parts import Band, Block, Bool, Float, Packed, Padding
+from heedful.testing.parts import Band, Block, Bool, Float, Packed, Padding, Structured
 from heedful.testing.samples import Sample
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -150,6 +151,8 @@ def _bands() -> Iterator[Sample]:
     yield _of("causal-value", mask=(Band(),))
     yield _of("causal-value-bottom-right", mask=(Band(alignment="bottom_right"),))
     yield _of("window-value", mask=(Band(1, 2, "bottom_right"),))
+    yield _of("window-float16", dtype=torch.float16, call={"window": (3, 2)}, aspects=HIDDEN)
+    yield _of("window-float16-square", query_length=12, dtype=torch.float16, call={"window": (3, None)}, aspects=HIDDEN)
     yield _of("causal-and-window", call={"is_causal": True, "window": (3, None)}, aspects=HIDDEN)
     yield _of("causal-float16", dtype=torch.float16, call={"is_causal": True}, aspects=HIDDEN)
     yield _of("causal-bfloat16", dtype=torch.bfloat16, call={"is_causal": True}, aspects=HIDDEN)
@@ -160,6 +163,21 @@ def _bands() -> Iterator[Sample]:
 def _joined_masks() -> Iterator[Sample]:
     for kind in ("right", "left", "interior", "none", "row"):
         yield _of(f"padding-{kind}", mask=(Padding(kind),), aspects=HIDDEN)
+    for kind, queries in (("right", "right"), ("left", "left"), ("interior", "right"), ("row", "interior")):
+        yield _of(f"padding-{kind}-queries-{queries}", mask=(Padding(kind, queries),), aspects=HIDDEN)
+    yield _of("padding-queries-bshd", layout="BSHD", mask=(Padding("right", "left"),), aspects=HIDDEN)
+    yield _of("padding-left-square-causal", query_length=12, mask=(Padding("left"),), call={"is_causal": True})
+    yield _of("padding-right-window", mask=(Padding("right"),), call={"window": (3, 1)}, aspects=HIDDEN)
+    for kind in ("all", "padding", "both", "causal", "band"):
+        yield _of(f"bool-mask-that-is-{kind}", mask=(Structured(kind),), aspects=HIDDEN)
+        yield _of(f"bias-that-is-{kind}", mask=(Structured(kind, lowest=-math.inf),), aspects=HIDDEN)
+        rounded = kind == "both"  # rows of -1e4 alone, which leave few digits to their scores
+        wanted = ("forward",) if rounded else ("forward", "lse", "gradient")
+        yield _of(f"bias-1e4-that-is-{kind}", mask=(Structured(kind, lowest=-1e4),), aspects=wanted)
+    yield _of("bool-mask-that-is-padding-per-head", mask=(Structured("padding", "BHQK"),), aspects=HIDDEN)
+    yield _of("bias-that-is-padding-per-key", mask=(Structured("padding", "BK", -1e4),))
+    yield _of("bool-mask-that-is-blocks", lead=(1, 2), mask=(Structured("blocks", "QK"),), aspects=HIDDEN)
+    yield _of("bool-mask-that-is-blocks-of-two", mask=(Structured("blocks", "QK"),), aspects=HIDDEN)
     yield _of("padding-float16", dtype=torch.float16, mask=(Padding(),), aspects=HIDDEN)
     causal = {"is_causal": True}
     yield _of("bool-mask-and-causal", mask=(Bool(),), call=causal, aspects=HIDDEN)
@@ -187,6 +205,13 @@ def _packed() -> Iterator[Sample]:
     yield _of("varlen-cross", **cross, mask=(Packed((4, 5), (9, 5)),))
     yield _of("varlen-empty-sequences", **cross, mask=(Packed((4, 0, 5), (7, 7, 0)),), aspects=HIDDEN)
     yield _of("varlen-tokens-behind", **cross, mask=(Packed((4, 3), (6, 4)),), aspects=HIDDEN)
+    for alignment in ("top_left", "bottom_right"):
+        for left, right in ((None, 0), (2, 1), (None, 1), (2, None)):
+            band, name = (left, right, alignment), f"varlen-band-({left},{right})-{alignment}"
+            yield _of(name, **cross, mask=(Packed((5, 4), (6, 8), band=band),), aspects=HIDDEN)
+            yield _of(f"{name}-longer-queries", **cross, mask=(Packed((3, 6), (12, 2), band=band),), aspects=HIDDEN)
+        alike = {**alone, "layout": "THD"}
+        yield _of(f"varlen-causal-{alignment}", **alike, mask=(Packed((5, 7), band=(None, 0, alignment)),), aspects=ALL)
     yield _of("varlen-int64", **alone, layout="THD", mask=(Packed((12,), dtype=torch.int64),))
     yield _of("varlen-gqa", **{**alone, "lead": (1, 4)}, kv_heads=2, layout="THD", mask=(Packed((5, 7)),))
     yield _of("varlen-and-bias", **alone, layout="THD", mask=(Packed((5, 7)), Float("HQK")))

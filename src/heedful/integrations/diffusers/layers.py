@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from heedful.integrations.calls import names_called
 from heedful.layers import Layer, Patch
@@ -42,8 +44,44 @@ def _with_processor(module: nn.Module, processor: Any) -> Layer:
     if _DISPATCHER in called:
         return _dispatched(module, processor)
     if called:
-        return Layer()
+        return Layer(patches=_expanding_once(module))
     return Layer(f"{name} calls neither SDPA nor diffusers' dispatcher; module.set_processor(...) with one that does")
+
+
+class ExpandOnce:
+    """diffusers' ``prepare_attention_mask``, computed once a mask: the layers of a model then share what it makes.
+
+    It repeats the mask over the heads in every layer anew, and each new tensor would have to be read again.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, attention_mask: Any, target_length: int, batch_size: int, out_dim: int = 3) -> Any:
+        """See diffusers' ``Attention.prepare_attention_mask``."""
+        kind_of_module: Any = type(self.module)
+        make = kind_of_module.prepare_attention_mask
+        call = (target_length, batch_size, out_dim)
+        mask = attention_mask
+        if type(mask) is not Tensor or mask.requires_grad or mask.is_inference() or torch.compiler.is_compiling():
+            return make(self.module, mask, *call)
+        made = _expanded.setdefault(mask, {})
+        kind = (mask._version, self.module.heads, *call)
+        if kind not in made:
+            new = make(self.module, mask, *call)
+            if new.untyped_storage()._cdata == mask.untyped_storage()._cdata:
+                return new  # nothing was repeated, and what is kept here must not keep its own key
+            made[kind] = new
+        return made[kind]
+
+
+_expanded: Any = WeakTensorKeyDictionary()
+
+
+def _expanding_once(module: nn.Module) -> tuple[Patch, ...]:
+    name = "prepare_attention_mask"
+    usual = hasattr(type(module), name) and name not in vars(module)
+    return (Patch(module, name, ExpandOnce(module)),) if usual else ()
 
 
 def _dispatched(module: nn.Module, holder: Any) -> Layer:

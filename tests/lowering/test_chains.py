@@ -1,14 +1,18 @@
-"""Lowerings: the rewritten tensors have the rewritten problem, and with the way back they give the same answer."""
+"""Chains: whatever its limits, a kernel is given what they allow, and the way back leads to the formula's answer."""
 
 import inspect
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 
 from heedful import Bias, Causal, Dense, KeyPadding, Limits, SlidingWindow, Varlen, lowering
+from heedful.analysis import analyse
 from heedful.call import mask_of_call, problem_of_call
-from heedful.lowering import LOWERINGS, Lowering, Operands, cast_bias, lower, replace_part
+from heedful.lowering import LOWERINGS, Lowering, Operands, lower, replace_part
+from heedful.lowering.numbers import cast_bias
 from heedful.strategy import ALL_MASKS, static_arguments
 
 ANY = {"scale": True, "gqa": True, "value_dim_may_differ": True, "backward": True, "lse": True}
@@ -23,6 +27,53 @@ KERNELS = {
     ),
     "heads third": Limits(layouts=("BSHD",), masks=frozenset({"dense", "bias"}), min_head_dim=32, lse=True),
     "packed only": Limits(**ANY, layouts=("THD",), masks=ALL_MASKS, mixed_masks=True, empty_rows=ALL_ROWS),
+    "flash": Limits(
+        **ANY,
+        layouts=("BSHD", "THD"),
+        masks=frozenset({"causal", "window", "varlen"}),
+        mixed_masks=True,
+        causal_alignments=("bottom_right",),
+        empty_rows=frozenset({"output"}),
+        head_dim_multiple=8,
+    ),
+    "flash, packed": Limits(
+        **ANY,
+        layouts=("THD",),
+        masks=frozenset({"causal", "window", "varlen"}),
+        mixed_masks=True,
+        causal_alignments=("bottom_right",),
+        empty_rows=frozenset({"output"}),
+    ),
+    "xformers": Limits(
+        **ANY,
+        layouts=("BSHD", "THD"),
+        masks=frozenset({"causal", "window", "varlen", "bias"}),
+        mixed_masks=True,
+        causal_alignments=("top_left", "bottom_right"),
+        empty_rows=frozenset({"output"}),
+        bias_backward=True,
+        head_dim_multiple=8,
+    ),
+    "sage": Limits(
+        layouts=("BHSD", "BSHD"), masks=frozenset({"causal"}), head_dim_multiple=16, lse=True, backward=True
+    ),
+    "native": Limits(
+        **ANY,
+        masks=frozenset({"causal", "dense", "bias"}),
+        empty_rows=frozenset({"output"}),
+        bias_backward=True,
+        faster_with=frozenset({"gather_keys", "upcast", "chunk_causal"}),
+    ),
+    "one row": Limits(**ANY, masks=frozenset({"key_padding", "dense", "causal", "window"}), max_batch=1),
+    "blocks": Limits(
+        **ANY,
+        masks=ALL_MASKS,
+        mixed_masks=True,
+        bias_backward=True,
+        empty_rows=ALL_ROWS,
+        causal_alignments=("top_left", "bottom_right"),
+        faster_with=frozenset({"block_mask", "gather_keys"}),
+    ),
     "everything": Limits(
         **ANY,
         masks=ALL_MASKS,
@@ -101,83 +152,72 @@ CALLS = {
 }
 
 
-def formula(naive_attention, query, key, value, mask, layout, scale):
-    """The formula in the layout of its tensors."""
-    if layout == "THD":
-        query, key, value = (tensor[None] for tensor in (query, key, value))
-    if layout != "BHSD":
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    seen = None if mask is None else mask.visible(query.shape[-2], key.shape[-2], query.device)
-    bias = None if mask is None else mask.bias
-    out, lse = naive_attention(query, key, value, seen=seen, bias=bias, scale=scale)
-    out = out if layout == "BHSD" else out.transpose(1, 2)
-    return (out[0], lse[0]) if layout == "THD" else (out, lse)
-
-
 MASK_WORDS = ("attn_mask", "is_causal", "causal_alignment", "window")
-
-
-def assert_described(operands, problem):
-    """The problem says of the operands what reading them would."""
-    read = problem_of_call(
-        *operands[:3],
-        attn_mask=operands.mask,
-        enable_gqa=problem.heads != problem.kv_heads,
-        layout=problem.layout,
-        scale=problem.scale,
-        return_lse=problem.needs_lse,
-    )
-    bounds = read.mask
-    for have, said in ((bounds.dense, problem.mask.dense), (bounds.bias, problem.mask.bias)):
-        assert set(have or "") <= set(said or ""), "the axes of a joined mask are an upper bound"
-    mask = replace_mask(read.mask, dense=problem.mask.dense, bias=problem.mask.bias, rows_seen=problem.mask.rows_seen)
-    assert read.mask.kinds == problem.mask.kinds
-    assert read.replace(mask=mask) == problem
-
-
-def replace_mask(facts, **changes):
-    return type(facts)(**{**vars(facts), **changes})
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("call", CALLS)
-def test_a_lowered_call_gives_the_same_answer(call, kernel, naive_attention):
+def test_a_lowered_call_gives_the_same_answer(call, kernel, naive_attention, tools):
     shapes, arguments = CALLS[call]
     limits = KERNELS[kernel]
     query, key, value = tensors(*shapes)
-    problem = problem_of_call(query, key, value, **arguments, return_lse=True)
-    steps, lowered = lower(problem, limits)
-
-    words = {name: arguments[name] for name in MASK_WORDS if name in arguments}
-    stages = [Operands(query, key, value, mask_of_call(**words))]
-    for step in steps:
-        stages.append(step.lowering.before(step.old, step.new)(stages[-1]))
-        assert_described(stages[-1], step.new)
+    layout, scale = arguments.get("layout", "BHSD"), arguments.get("scale")
+    mask = mask_of_call(**{name: arguments[name] for name in MASK_WORDS if name in arguments})
+    steps, lowered = lower(problem_of_call(query, key, value, **arguments, return_lse=True), limits)
     if list(limits.refusals(lowered)):
         return  # a kernel that refuses is never run
-    last = stages[-1]
-    assert {tensor.dim() for tensor in last[:3]} == {3 if lowered.layout == "THD" else 4}
-    out, lse = formula(naive_attention, *last[:4], lowered.layout, lowered.scale)
-    for index, step in reversed(list(enumerate(steps))):
-        after = step.lowering.after(step.old, step.new)
-        if after is not None:
-            out, lse = after(out, lse, stages[index], stages[index + 1])
-    layout, scale = arguments.get("layout", "BHSD"), arguments.get("scale")
-    wanted_out, wanted_lse = formula(naive_attention, *stages[0][:4], layout, scale)
-    torch.testing.assert_close(out, wanted_out, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(lse, wanted_lse, atol=1e-6, rtol=1e-6)
+    out, lse = tools.run_steps(steps, lowered, limits, Operands(query, key, value, mask))
+    views = (query, key, value)
+    views = tuple(t[None] for t in views) if layout == "THD" else views
+    views = tuple(t if layout == "BHSD" else t.transpose(1, 2) for t in views)
+    seen = None if mask is None else mask.visible(views[0].shape[-2], views[1].shape[-2], query.device)
+    bias = None if mask is None else mask.bias
+    wanted, wanted_lse = naive_attention(*views, seen=seen, bias=bias, scale=scale)
+    wanted = wanted if layout == "BHSD" else wanted.transpose(1, 2)
+    wanted, wanted_lse = (wanted[0], wanted_lse[0]) if layout == "THD" else (wanted, wanted_lse)
+    torch.testing.assert_close(out.double(), wanted, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(lse.double(), wanted_lse, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_whatever_is_lowered_gives_the_formula(kernel, tools):
+    limits, run = KERNELS[kernel], []
+
+    @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    @given(tools.calls())
+    def check(call):
+        steps, lowered = lower(call.problem(), limits)
+        if not list(limits.refusals(lowered)):
+            run.append(call)
+            gradients = limits.backward and not any(step.name == "block_mask" for step in steps)
+            tools.check_steps(call, steps, lowered, limits, gradients=gradients)
+
+    check()
+    assert len(run) > 10
+
+
+BIASES = {"bias", "hiding bias", "wide bias", "bias and dense"}
+UNREAD = {"packed", "packed, grouped"}  # how long the sequences are is known once the mask is analysed
+PADDED = {"key padding", "all padded", "mask values"}
+DENSE = {"2 dims", "3 dims", "5 dims", "5 dims, 4-D mask", "heads third", "dense", "empty rows", "1-D mask"}
+DENSE = DENSE | BIASES | PADDED
 
 
 @pytest.mark.parametrize(
     ("kernel", "refused"),
     [
-        ("dense only", {"bias", "hiding bias", "wide bias", "bias and dense"}),
+        ("dense only", BIASES),
         ("bias only", set()),
         ("bias, no scale", set()),
-        ("everything", set()),
+        ("everything", UNREAD),
+        ("blocks", UNREAD),
+        ("xformers", UNREAD),
         ("heads third", set()),
-        ("bottom right", {"causal bottom right, more queries"}),
-        ("packed only", set(CALLS) - {"packed", "packed, grouped"}),
+        ("bottom right", set()),
+        ("native", set()),
+        ("one row", BIASES),
+        ("flash", DENSE | UNREAD),
+        ("flash, packed", DENSE | UNREAD),
     ],
 )
 def test_which_calls_no_rewrite_helps(kernel, refused):
@@ -234,15 +274,43 @@ def test_head_dims_are_padded_to_the_next_multiple_and_keep_their_scale(head_dim
     assert list(static_arguments(lowered)) == ([] if padded == head_dim else ["scale"])
 
 
-def test_bound_functions_read_lengths_from_the_tensors():
-    """One binding serves every length: torch.compile traces it for symbols."""
-    query, key = tensors((2, 4, 5, 12), (2, 4, 7, 12))
-    problem = problem_of_call(query, key, key, is_causal=True, window=(1, 1))
-    (step, *_), _lowered = lower(problem, KERNELS["dense only"])
-    longer, other = tensors((2, 4, 11, 12), (2, 4, 13, 12))
-    mask = mask_of_call(is_causal=True, window=(1, 1))
-    made = step.lowering.before(step.old, step.new)(Operands(longer, other, other, mask)).mask.dense
-    assert torch.equal(made, mask.visible(11, 13, query.device))
+SHAPES_ALIKE = [((5, 7), (11, 13)), ((7, 5), (13, 11)), ((6, 6), (9, 9))]
+COMPILED = {
+    "plain": lambda _q, _k: {},
+    "causal": lambda _q, _k: {"is_causal": True},
+    "causal bottom right": lambda _q, _k: {"is_causal": True, "causal_alignment": "bottom_right"},
+    "window": lambda _q, _k: {"window": (1, 2)},
+    "key padding": lambda _q, k: {"attn_mask": KeyPadding(keep(2, k))},
+    "dense": lambda q, k: {"attn_mask": keep(2, 1, q, k, empty=True)},
+    "analysed": lambda q, k: {"attn_mask": analyse(KeyPadding(torch.arange(k) < torch.tensor([[2], [3]])))},
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("made", COMPILED)
+@pytest.mark.parametrize("layout", ["BHSD", "BSHD"])
+def test_what_is_bound_for_a_compiler_serves_every_length(made, kernel, layout, tools):
+    """Of lengths that compare alike: torch.compile traces one binding for symbols."""
+    limits = KERNELS[kernel]
+    for traced, met in SHAPES_ALIKE:
+        words = COMPILED[made](*traced)
+        query, key = (t if layout == "BHSD" else t.transpose(1, 2) for t in tensors(*((2, 4, n, 8) for n in traced)))
+        problem = problem_of_call(query, key, key, **words, layout=layout, return_lse=True).replace(compiling=True)
+        steps, lowered = lower(problem, replace(limits, compile=True))
+        if list(replace(limits, compile=True).refusals(lowered)):
+            continue
+        words = COMPILED[made](*met)
+        query, key = (
+            t if layout == "BHSD" else t.transpose(1, 2).contiguous() for t in tensors(*((2, 4, n, 8) for n in met))
+        )
+        mask = mask_of_call(**{name: words[name] for name in MASK_WORDS if name in words})
+        through = tools.strict_kernel(lowered, None)
+        for step in reversed(steps):
+            through = step.lowering.around(step.old, step.new, through)
+        out, lse = through(Operands(query, key, key, mask))
+        wanted, wanted_lse = tools.formula(query, key, key, mask, layout)
+        torch.testing.assert_close(out.double(), wanted, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(lse.double(), wanted_lse, atol=1e-6, rtol=1e-6)
 
 
 # Casting a bias

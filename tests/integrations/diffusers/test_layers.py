@@ -325,6 +325,24 @@ def test_a_key_padding_mask_goes_through() -> None:
     assert Counting.calls == report.total // 2
 
 
+def test_layers_share_one_expanded_mask_which_is_read_once_and_left_out_of_the_kernel() -> None:
+    model = unet()
+    keep = torch.arange(8) < torch.tensor([[8], [3]])
+    bias = ((1 - keep.float()) * -10000.0)[:, None]  # as a UNet hands it to its layers
+    first, second = [module for name, module in model.named_modules() if name.endswith("attn2")][:2]
+    heedful.set_attention_backend(model, "native")
+    expanded = first.prepare_attention_mask(bias, 8, 2)
+    assert second.heads == first.heads
+    assert second.prepare_attention_mask(bias, 8, 2) is expanded
+    query, key = torch.randn(2, first.heads, 1024, 8), torch.randn(2, first.heads, 8, 8)
+    plan = heedful.explain(query, key, key, expanded.view(2, first.heads, -1, 8), backend="native")
+    assert [step.name for step in plan.chosen.steps] == ["gather_keys"]
+    bias.zero_()
+    assert not first.prepare_attention_mask(bias, 8, 2).any()
+    heedful.reset_attention_backend(model)
+    assert "prepare_attention_mask" not in vars(first)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients_are_equal_under_gradient_checkpointing(reentrant: bool) -> None:
     def gradient() -> Tensor:

@@ -1,0 +1,83 @@
+"""Exact rewrites: a problem that a strategy refuses, or is slow at, becomes one that it is good at: the same answer.
+
+'Exact' means the same function, not the same bits. ``LOWERINGS`` is the order in which they are tried; each is taken
+only where it mends a refusal or is known to pay, so a chain is never longer than it needs to be. They serve every
+strategy alike, under forced names too.
+"""
+
+from heedful.lowering.base import Computed, Kernel, Lowering, Operands, Step, lower_by, replace_part
+from heedful.lowering.blocks import BlockOfMask
+from heedful.lowering.causality import AlignCausal, ChunkCausal, TrimCausal
+from heedful.lowering.masking import DropNoop, MaterialiseMask, ZeroEmptyRows
+from heedful.lowering.numbers import CastAutocast, CastBias, FoldScale, Upcast
+from heedful.lowering.packing import PackPadding, TidyPacked
+from heedful.lowering.padding import GatherKeys
+from heedful.lowering.shapes import (
+    BroadcastLeading,
+    ChangeLayout,
+    ExpandKVHeads,
+    PadHeadDim,
+    SplitBatch,
+    leading_shape,
+)
+from heedful.problem import AttentionProblem
+from heedful.strategy import Limits
+
+LOWERINGS: tuple[Lowering, ...] = (
+    BroadcastLeading(),
+    CastAutocast(),
+    Upcast(),
+    DropNoop(),
+    TrimCausal(),
+    AlignCausal(),
+    TidyPacked(),
+    PackPadding(),
+    GatherKeys(),
+    ChangeLayout(),
+    SplitBatch(),
+    ExpandKVHeads(),
+    ChunkCausal(),
+    BlockOfMask(),
+    MaterialiseMask(),
+    CastBias(),
+    ZeroEmptyRows(),
+    PadHeadDim(),
+    FoldScale(),
+)
+
+
+def lower(problem: AttentionProblem, limits: Limits) -> tuple[tuple[Step, ...], AttentionProblem]:
+    """The chain of rewrites that brings a problem within these limits, and the problem it ends in."""
+    return lower_by(LOWERINGS, problem, limits)
+
+
+__all__ = [
+    "LOWERINGS",
+    "AlignCausal",
+    "BlockOfMask",
+    "BroadcastLeading",
+    "CastAutocast",
+    "CastBias",
+    "ChangeLayout",
+    "ChunkCausal",
+    "Computed",
+    "DropNoop",
+    "ExpandKVHeads",
+    "FoldScale",
+    "GatherKeys",
+    "Kernel",
+    "Lowering",
+    "MaterialiseMask",
+    "Operands",
+    "PackPadding",
+    "PadHeadDim",
+    "SplitBatch",
+    "Step",
+    "TidyPacked",
+    "TrimCausal",
+    "Upcast",
+    "ZeroEmptyRows",
+    "leading_shape",
+    "lower",
+    "replace_part",
+]

@@ -1,0 +1,124 @@
+"""Each benchmark, run as users run it; and with a wrong answer, which must end it before any time is printed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import heedful
+from heedful.dispatch import AttentionDispatcher
+from heedful.lowering import GatherKeys
+
+SCRIPTS = ("overhead", "routing", "import_time", "padding", "masks", "lowerings")
+
+
+def test_all_benchmarks_are_known_here_and_to_make(benchmark_folder):
+    there = {path.stem for path in benchmark_folder.glob("*.py")} - {"measuring"}
+    assert there == set(SCRIPTS)
+    makefile = (benchmark_folder.parent / "Makefile").read_text("utf-8")
+    assert f"BENCHMARKS := {' '.join(SCRIPTS)}\n" in makefile
+
+
+# One process for all: importing torch and diffusers takes longer than the benchmarks.
+RUN_ALL = """
+import contextlib, io, runpy, sys
+folder, out, *names = sys.argv[1:]
+sys.path.insert(0, folder)
+for name in names:
+    sys.argv = [name, "--quick", "--rounds", "2", "--json", "--out", out]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            runpy.run_path(f"{folder}/{name}.py", run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, f"{name} ends with {end.code}"
+    with open(f"{out}/{name}.printed", "w") as file:
+        file.write(printed.getvalue())
+"""
+
+
+def test_quick_runs_print_and_save_json(benchmark_folder, tmp_path):
+    command = [sys.executable, "-c", RUN_ALL, str(benchmark_folder), str(tmp_path), *SCRIPTS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in SCRIPTS:
+        record = json.loads((tmp_path / f"{name}.printed").read_text())
+        assert record == json.loads((tmp_path / f"{name}.json").read_text()), name
+        assert {"date", "cpu", "cores", "threads", "python", "torch", "heedful"} <= set(record["machine"]), name
+        found = figures(record)
+        assert found, name
+        assert min(found) > 0, name
+
+
+def test_a_benchmark_is_a_command(benchmark_folder):
+    command = [sys.executable, str(benchmark_folder / "padding.py"), "--quick", "--rounds", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "half of the keys padded" in done.stdout
+    assert "written to" not in done.stderr
+
+
+def figures(record: object) -> list[float]:
+    """All medians of times, wherever they stand."""
+    if isinstance(record, list):
+        return [figure for part in record for figure in figures(part)]
+    if not isinstance(record, dict):
+        return []
+    here = record.get("median_us", [])
+    found = list(here.values()) if isinstance(here, dict) else [here] if here else []
+    return found + [figure for part in record.values() for figure in figures(part)]
+
+
+def wrong(real):
+    """A call whose answer is one percent too large."""
+    return lambda *args, **kwargs: real(*args, **kwargs) * 1.01
+
+
+def wrong_gathering(self, old, new, run, real=GatherKeys.around):
+    inner = real(self, old, new, run)
+    return lambda x: (inner(x)[0] * 1.01, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "owner", "attribute", "broken"),
+    [
+        ("overhead", heedful, "attention", wrong(heedful.attention)),
+        ("padding", heedful, "attention", wrong(heedful.attention)),
+        ("masks", AttentionDispatcher, "attention", wrong(AttentionDispatcher.attention)),
+        ("lowerings", GatherKeys, "around", wrong_gathering),
+        ("routing", heedful, "set_attention_backend", lambda layer, _: layer.to_out[0].weight.data.mul_(1.01)),
+    ],
+)
+def test_a_wrong_answer_ends_the_run_before_any_time(
+    benchmark_module, monkeypatch, tmp_path, capsys, name, owner, attribute, broken
+):
+    module = benchmark_module(name)
+    monkeypatch.setattr(owner, attribute, broken)
+    with pytest.raises(benchmark_module("measuring").WrongAnswer):
+        module.main(["--quick", "--out", str(tmp_path)])
+    assert capsys.readouterr().out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_without_the_lowering_ends_the_run(benchmark_module, monkeypatch, capsys):
+    module = benchmark_module("lowerings")
+    monkeypatch.setattr(GatherKeys, "rewrite", lambda *_: None)
+    with pytest.raises((heedful.Refused, benchmark_module("measuring").WrongAnswer)):
+        module.main(["--quick", "--only", "gather_keys"])
+    assert capsys.readouterr().out == ""
+
+
+def test_every_lowering_declared_for_a_cpu_is_measured(benchmark_module):
+    module = benchmark_module("lowerings")
+    assert module.declared() <= set(module.TRIALS)
+
+
+def test_a_declared_lowering_that_is_not_measured_fails_the_run(benchmark_module, monkeypatch, capsys):
+    module = benchmark_module("lowerings")
+    monkeypatch.setattr(module, "declared", lambda: {"upcast", "unheard_of"})
+    assert module.main(["--quick", "--only", "upcast", "--json"]) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["not_measured"] == ["unheard_of"]
+    assert "unheard_of" in printed.err
