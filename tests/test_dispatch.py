@@ -663,3 +663,29 @@ def test_flex_refuses_a_forward_mode_gradient_rather_than_lose_it(with_lse):
         dual = forward_ad.make_dual(query, torch.ones_like(query))
         with pytest.raises(NotImplementedError, match="forward-mode"):
             heedful.attention(dual, key, value, backend="flex", return_lse=with_lse)
+
+
+def test_keys_of_more_batch_rows_than_the_queries_meet_a_mask_that_is_a_pack(dispatcher):
+    query, key = randn(1, 2, 8, 4), randn(3, 2, 8, 4)
+    packed = torch.block_diag(torch.ones(4, 4), torch.ones(4, 4)) > 0
+    want = torch.nn.functional.scaled_dot_product_attention(query, key, key, packed)
+    torch.testing.assert_close(dispatcher.attention(query, key, key, packed), want)
+    torch.testing.assert_close(dispatcher.attention(query[0], key, key, packed), want)
+
+
+def test_a_block_mask_of_another_size_is_refused_after_one_that_fits(dispatcher):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    query = randn(1, 2, 64, 8)
+    fits, small = (create_block_mask(lambda b, h, q, k: q >= k, None, None, n, n, device="cpu") for n in (64, 32))
+    dispatcher.attention(query, query, query, heedful.Mask(block=fits))
+    with pytest.raises(InvalidArgument, match="BlockMask of shape"):
+        dispatcher.attention(query, query, query, heedful.Mask(block=small))
+
+
+@pytest.mark.parametrize("window", [2**63 - 1, (2**63 - 2, 2**63 - 2), (None, 10**23)])
+@pytest.mark.parametrize("backend", ["native", "flex", "reference"])
+def test_a_side_beyond_every_key_is_open(dispatcher, window, backend):
+    query = randn(1, 2, 9, 8)
+    want = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    torch.testing.assert_close(dispatcher.attention(query, query, query, window=window, backend=backend), want)

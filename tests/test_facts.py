@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from heedful import facts
-from heedful.facts import DeviceFacts, Facts
+from heedful.facts import DeviceFacts, Facts, Installed
 
 
 @pytest.fixture
@@ -224,3 +224,13 @@ def test_each_name_is_looked_up_once(site, monkeypatch):
     for _ in range(2):
         assert (installed["once_for_tests"], installed.get("never_for_tests")) == ("", None)
         monkeypatch.setattr(facts, "_has_module", None)
+
+
+def test_somebodys_own_finder_may_raise_or_find_nothing(monkeypatch):
+    class Forbids:
+        def find_spec(self, name, path=None, target=None):
+            raise ImportError(f"blocked {name}")
+
+    monkeypatch.setattr(sys, "meta_path", [Forbids(), object(), *sys.meta_path])
+    assert Installed().get("heedful.facts") is not None
+    assert Installed().get("no_such_module_for_tests") is None

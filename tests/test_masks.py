@@ -374,3 +374,9 @@ def test_the_key_does_not_hold_the_contents():
 def test_what_is_no_tensor_is_named(make):
     with pytest.raises(InvalidArgument, match=r"got (NoneType|list|int); give a torch.Tensor"):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_narrow_ends_would_wrap_and_are_refused(dtype):
+    with pytest.raises(InvalidArgument, match="int32 or int64"):
+        Varlen(torch.tensor([0, 3], dtype=dtype))

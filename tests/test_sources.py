@@ -185,11 +185,14 @@ def test_what_keeps_it_from_being_loaded_is_told(module, text, words):
     assert isinstance(caught.value, HeedfulError)
 
 
-@pytest.mark.parametrize("error", ["KeyboardInterrupt", "SystemExit"])
-def test_what_is_no_exception_passes(module, error):
-    name = module(f"wheel_for_tests_{error}", f"raise {error}")
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        Package(name, ("f",)).load()
+def test_an_interrupt_passes_and_an_exit_is_the_packages_own(module):
+    interrupted, exits = (
+        module(f"wheel_for_tests_{word}", f"raise {word}") for word in ("KeyboardInterrupt", "SystemExit")
+    )
+    with pytest.raises(KeyboardInterrupt):
+        Package(interrupted, ("f",)).load()
+    with pytest.raises(CannotLoad, match="SystemExit"):
+        Package(exits, ("f",)).load()
 
 
 def test_warnings_of_an_import_are_not_the_users(module):
@@ -466,9 +469,21 @@ def test_what_a_kernel_in_a_folder_needs_is_not_downloaded_unasked(tmp_path, mon
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"kernel-depends": [3]}', '{"kernel-depends": 3}'])
-def test_metadata_that_cannot_be_read_is_left_to_the_kernels_library(tmp_path, text):
+def test_metadata_that_cannot_be_read_may_name_anything(tmp_path, text):
     built(tmp_path / "odd").joinpath("build", "torch-cpu", "metadata.json").write_text(text)
-    assert Folder(str(tmp_path / "odd"), ("f",)).lack(WITH_KERNELS, downloads=False) is None
+    lack = Folder(str(tmp_path / "odd"), ("f",)).lack(WITH_KERNELS, downloads=False)
+    assert lack.field == "download"
+    assert "cannot be read" in str(lack)
+    assert Folder(str(tmp_path / "odd"), ("f",)).lack(WITH_KERNELS, downloads=True) is None
+
+
+@pytest.mark.parametrize("inner", ["", "build", "build/torch-cpu"])
+def test_what_a_kernel_needs_is_found_however_its_folder_is_named(tmp_path, inner):
+    variant = built(tmp_path / "mine").joinpath("build", "torch-cpu", "metadata.json")
+    needs = {**json.loads(variant.read_text("utf-8")), "kernel-depends": [{"repo-id": "ébène/dep", "version": 1}]}
+    variant.write_text(json.dumps(needs, ensure_ascii=False), encoding="utf-8")
+    lack = Folder(str(tmp_path / "mine" / inner), ("f",)).lack(WITH_KERNELS, downloads=False)
+    assert "ébène/dep" in str(lack)
 
 
 # Several sources, and pins

@@ -18,13 +18,10 @@ import heedful
 from heedful import AttentionDispatcher, AttentionStrategy, AttentionStrategyFactory, Limits, tracing
 from heedful.strategy import ALL_MASKS
 
-STRATEGIES = tuple(AttentionStrategyFactory.default().strategies())
-WISHES = ("auto", *STRATEGIES)
-TRACEABLE = tuple(
-    name
-    for name, strategy in AttentionStrategyFactory.default().strategies().items()
-    if strategy.limits_for("cpu").covers("cpu") and strategy.limits_for("cpu").compile
-)[:6]  # the inductor is slow
+KNOWN = AttentionStrategyFactory.default().strategies()
+HERE = tuple(name for name, strategy in KNOWN.items() if strategy.limits_for("cpu").covers("cpu"))
+WISHES = ("auto", *HERE, "flash")  # the last stands for all that are refused for the device
+TRACEABLE = tuple(name for name in HERE if KNOWN[name].limits_for("cpu").compile)[:6]  # the inductor is slow
 inductor = pytest.mark.inductor
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")), reason="needs a C++ compiler"

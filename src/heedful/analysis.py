@@ -130,6 +130,9 @@ class MaskCache:
         key = (*structure, *_key_of(parts))
         with self._lock:
             entry = self._entries.get(key)
+            if entry is not None and not entry.counts_writes_with(parts):
+                self._drop(key)
+                entry = None
             if entry is not None:
                 self._entries.move_to_end(key)
         if entry is None:
@@ -198,17 +201,28 @@ class _Entry:
     """Answers, and what they hold. ``borrows``: parts of the original itself, which then must not outlive it.
 
     The weak references keep the storages' addresses from being given to others, so a key can never name another one.
+    ``roots``: the tensors whose counters of writes the parts share, their own or that of which they are views.
     """
 
-    __slots__ = ("answers", "borrows", "live", "nbytes", "storages")
+    __slots__ = ("answers", "borrows", "live", "nbytes", "roots", "storages")
 
     def __init__(self, parts: tuple[Tensor, ...], answers: _Answers) -> None:
+        self.roots = tuple(weakref.ref(_root(part)) for part in parts)
         self.storages = tuple(StorageWeakRef(part.untyped_storage()) for part in parts)
         self.answers, self.live = answers, True
         held = [tensor for mask in (answers.wide, answers.single) if mask for tensor in _tensors(mask)]
         made = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held}
         self.borrows = any(ref.cdata in made for ref in self.storages)
         self.nbytes = sum(made.values())
+
+    def counts_writes_with(self, parts: tuple[Tensor, ...]) -> bool:
+        """Whether equal versions mean equal contents: ``.data`` and ``detach`` give new tensors that may count anew."""
+        return all(ref() is _root(part) for ref, part in zip(self.roots, parts, strict=True))
+
+
+def _root(tensor: Tensor) -> Tensor:
+    base = tensor._base if tensor._is_view() else None
+    return tensor if base is None else base
 
 
 def _parts(mask: Mask) -> tuple[Tensor, ...]:

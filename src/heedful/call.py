@@ -175,6 +175,6 @@ def _check_mask_tensors(mask: Mask | None, query: Tensor) -> None:
     if mask is None:
         return
     packing = () if mask.varlen is None else (mask.varlen.cu_seqlens_q, mask.varlen.cu_seqlens_k)
-    for tensor in (mask.dense, mask.bias, mask.padding, *packing):
+    for tensor in (mask.dense, mask.bias, mask.padding, mask.rows, *packing):
         if tensor is not None and tensor.device != query.device:
             raise InvalidArgument("attn_mask", f"device {tensor.device}", f"query is on {query.device}; move it there")

@@ -104,7 +104,7 @@ class AttentionDispatcher:
         self._policy = policy
         self._runs: dict[Any, Run] = {}
         self._own_look: set[Run] = set()
-        self._look: Callable[[Any, Tensor, str, bool], Any] = self._first_look
+        self._look: Callable[..., Any] = self._first_look
         self.masks = MaskCache()
         self._told: set[str] = set()
         self.traced = tracing.Traced(self)
@@ -196,7 +196,7 @@ class AttentionDispatcher:
             dtype, device = query.dtype, query.device
             mask_key = None
             if attn_mask is not None:
-                seen = self._look(attn_mask, query, layout, not is_causal and window is None)
+                seen = self._look(attn_mask, query, key, value, layout, not is_causal and window is None)
                 mask_key = _mask_key(attn_mask) if seen is attn_mask else (_mask_key(attn_mask), seen.key)
             kind: Any = (
                 wish, query.shape, key.shape, value.shape,
@@ -233,20 +233,22 @@ class AttentionDispatcher:
             return run(query, key, value, seen)
         return route.aside(wish, run, query, key, value, seen)
 
-    def simplest(self, attn_mask: Any, query: Tensor, layout: str, alone: bool) -> Any:
-        """The simplest mask that means the same as ``attn_mask`` for such queries; itself where none is known.
+    def simplest(self, attn_mask: Any, query: Tensor, key: Tensor, value: Tensor, layout: str, alone: bool) -> Any:
+        """The simplest mask that means the same as ``attn_mask`` in such a call; itself where none is known.
 
         ``alone``: nothing else hides keys in the call.
         """
         rank = query.dim()
-        if rank > 4:  # a mask's batch is then not the problem's
+        if rank > 4 or not rank == key.dim() == value.dim():  # a mask's batch is then not the problem's
             return attn_mask
-        return self.masks.simplest(attn_mask, query.shape[0] if rank == 4 and layout != "THD" else 1, alone)
+        one = rank < 4 or layout == "THD"
+        batch = 1 if one else max(query.shape[0], key.shape[0], value.shape[0])
+        return self.masks.simplest(attn_mask, batch, alone)
 
-    def _first_look(self, attn_mask: Any, query: Tensor, layout: str, alone: bool) -> Any:
+    def _first_look(self, *call: Any) -> Any:
         """``simplest``, or nothing where the policy says so: decided once."""
         self._look = self.simplest if self.policy.analyse else _no_look
-        return self._look(attn_mask, query, layout, alone)
+        return self._look(*call)
 
     def _planned(
         self,
@@ -291,7 +293,11 @@ class AttentionDispatcher:
         """
         problem = problem_of_call(query, key, value, attn_mask, **call, facts=self.facts)
         alone = not call.get("is_causal") and call.get("window") is None
-        seen = attn_mask if attn_mask is None else self._look(attn_mask, query, call.get("layout", "BHSD"), alone)
+        seen = (
+            attn_mask
+            if attn_mask is None
+            else self._look(attn_mask, query, key, value, call.get("layout", "BHSD"), alone)
+        )
         device = None if self.facts.packages is None else query.device  # of a machine one lacks nothing can be loaded
         plan = self._planned(query, key, value, attn_mask, seen, backend, call, device)
         problem = plan.problem
@@ -455,7 +461,7 @@ def _own_refusal(strategy: AttentionStrategy, *, attn_mask: Any, **call: Any) ->
     return None
 
 
-def _no_look(attn_mask: Any, _query: Tensor, _layout: str, _alone: bool) -> Any:
+def _no_look(attn_mask: Any, *_call: Any) -> Any:
     return attn_mask
 
 

@@ -5,6 +5,7 @@ A fact is read, never decided here: what a backend needs stands in its limits.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import pkgutil
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
+from typing import Any
 
 import torch
 
@@ -144,13 +146,21 @@ def _has_module(name: str) -> bool:
 
 
 def _at_the_top(name: str) -> Iterator[ModuleSpec | None]:
-    return (finder.find_spec(name, None) for finder in sys.meta_path)  # all of them: editable installs have their own
+    return (_asked(finder, name, None) for finder in sys.meta_path)  # all of them: editable installs have their own
 
 
 def _within(name: str, path: list[str]) -> Iterator[ModuleSpec | None]:
     """``PathFinder`` would ask for the package around it as a module where it is a namespace."""
-    finders = (pkgutil.get_importer(entry) for entry in path)
-    return (finder.find_spec(name) for finder in finders if finder is not None)
+    return (_asked(pkgutil.get_importer(entry), name) for entry in path)
+
+
+def _asked(finder: Any, *question: Any) -> ModuleSpec | None:
+    """What a finder finds; somebody's own may have no such method, or raise to forbid an import."""
+    find = getattr(finder, "find_spec", None)
+    with contextlib.suppress(Exception):
+        found: ModuleSpec | None = find(*question) if find is not None else None
+        return found
+    return None
 
 
 def _gpu(index: int) -> DeviceFacts:

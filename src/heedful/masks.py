@@ -20,6 +20,7 @@ from heedful.errors import InvalidArgument
 Alignment = Literal["top_left", "bottom_right"]
 Window = tuple[int | None, int | None, str]
 Side = Literal["right", "left", "interior"]
+_FAR = 1 << 40  # keys: farther than any, and places plus it still fit in 64 bits
 ALIGNMENTS: tuple[Alignment, ...] = ("top_left", "bottom_right")
 
 
@@ -178,7 +179,8 @@ class Mask:
         parts = (_read(self.dense), _read(self.bias), _read(self.padding), _read(self.rows))
         packing = None if self.varlen is None else self.varlen.packing_key
         contents = (self.noop, None if self.profile is None else self.profile.facts)
-        return (self.causal, self.window, self.block is None, packing, *parts, *contents)
+        block = None if self.block is None else tuple(self.block.shape)
+        return (self.causal, self.window, block, packing, *parts, *contents)
 
     def visible(self, query_length: int, key_length: int, device: torch.device) -> Tensor | None:
         """What the boolean parts let see: bool, broadcastable to (B, H, Q, K); None where they hide nothing."""
@@ -286,11 +288,11 @@ class Varlen(Mask):
     ) -> None:
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-            if _tensor(name, cu).dim() != 1 or cu.is_floating_point() or cu.dtype == torch.bool or len(cu) < 1:
+            if _tensor(name, cu).dim() != 1 or cu.dtype not in (torch.int32, torch.int64) or len(cu) < 1:
                 raise InvalidArgument(
                     name,
                     f"{cu.dtype} of shape {tuple(cu.shape)}",
-                    "give integers (sequences + 1,), from 0 to the total",
+                    "give int32 or int64 (sequences + 1,), from 0 to the total",
                 )
         if cu_seqlens_q.shape != cu_seqlens_k.shape:
             raise InvalidArgument(
@@ -391,7 +393,7 @@ def as_window(window: tuple[int | None, int | None] | int, alignment: str) -> Wi
     sides = window if isinstance(window, (tuple, list)) else (window, window)
     if len(sides) != 2 or not all(map(_is_side, sides)):
         raise InvalidArgument("window", window, "give (left, right) as numbers of keys, None for an open side")
-    left, right = (None if side is None or side < 0 else side for side in sides)
+    left, right = (None if side is None or not 0 <= side < _FAR else side for side in sides)
     return None if left is None and right is None else (left, right, as_alignment(alignment))
 
 

@@ -24,6 +24,7 @@ Wish = str | tuple[str, ...]
 P = ParamSpec("P")
 R = TypeVar("R")
 VARIABLE = "HEEDFUL_BACKEND"
+_OFF = {"0", "false", "no", "off"}
 
 # The order in which auto asks, by device; measured timings will go before it. native is torch's own choice among its
 # kernels; native_flash serves what native cannot (the LSE); reference is right everywhere and slow.
@@ -57,7 +58,9 @@ class Policy:
         """
         environ = os.environ if environ is None else environ
         names = tuple(name.strip() for name in environ.get(VARIABLE, "").split(",") if name.strip())
-        policy = cls(downloads=downloads_allowed(environ), analyse=environ.get("HEEDFUL_ANALYSE", "1").strip() != "0")
+        policy = cls(
+            downloads=downloads_allowed(environ), analyse=environ.get("HEEDFUL_ANALYSE", "").strip().lower() not in _OFF
+        )
         if not names:
             return policy
         return replace(policy, default=names[0] if len(names) == 1 else names, default_origin=VARIABLE)

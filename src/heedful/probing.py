@@ -118,12 +118,12 @@ def _tried(strategy: AttentionStrategy, here: DeviceFacts, device: torch.device)
                     return _held_to_the_formula(out, drawn, layout, device)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a kernel raises here keeps it from being used
+    except (Exception, SystemExit) as error:  # whatever a kernel raises here keeps it from being used
         return (_raised(error),)
     return ()
 
 
-def _raised(error: Exception) -> Refusal:
+def _raised(error: BaseException) -> Refusal:
     observed = f"a tiny problem raised {type(error).__name__}: {error}"
     return Refusal("probe", observed, "a right answer", "see the package's own installation notes")
 

@@ -27,6 +27,7 @@ from heedful.refusal import Refusal
 
 DOWNLOADS = "HEEDFUL_DOWNLOADS"  # the environment variable by which a user allows them
 _KERNELS = "0.12"  # of the `kernels` library, the first with versions
+_METADATA = ("metadata.json", "*/metadata.json", "build/*/metadata.json")  # a variant, its build, the whole kernel
 _RELEASE = re.compile(r"v?(?:\d+!)?(\d+(?:\.\d+)*)")
 Kernels = SimpleNamespace
 
@@ -171,7 +172,7 @@ class _as_cannot_load:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self.quiet.__exit__(kind, error, trace)
-        if isinstance(error, Exception) and not isinstance(error, CannotLoad):
+        if isinstance(error, (Exception, SystemExit)) and not isinstance(error, CannotLoad):
             raise CannotLoad(f"{self.what} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
@@ -228,7 +229,7 @@ def _wanted_beside(folder: str) -> list[str]:
     """The kernels that one in a folder needs and that ``kernels`` would download for it."""
     local, folders, wanted = _local_folders(), [folder], {}
     for one in folders:  # grows on the way
-        for path in (*Path(one).glob("*/metadata.json"), *Path(one).glob("build/*/metadata.json")):
+        for path in (path for where in _METADATA for path in Path(one).glob(where)):
             for repo in _depends(path):
                 if repo not in local:
                     wanted[repo] = f"{repo}, which the kernel in {folder} needs, is"
@@ -238,8 +239,9 @@ def _wanted_beside(folder: str) -> list[str]:
 
 
 def _depends(metadata: Path) -> list[str]:
-    """The repositories that a build's metadata names; what cannot be read is left to ``kernels`` to complain about."""
+    """The repositories that a build's metadata names; where it cannot be read, it may name any."""
     try:
-        return [str(one["repo-id"]) for one in json.loads(metadata.read_text()).get("kernel-depends", [])]
+        named = json.loads(metadata.read_text(encoding="utf-8")).get("kernel-depends", [])
+        return [str(one["repo-id"]) for one in named]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
+        return [f"whatever {metadata} names (it cannot be read)"]

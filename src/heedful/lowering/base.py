@@ -151,8 +151,8 @@ class Memory:
         known = self._made.setdefault(part, {})
         made: T | None = known.get(what)
         if made is None:
-            while len(known) >= _MOST:
-                known.pop(next(iter(known)), None)
+            for old in list(known)[: max(0, len(known) + 1 - _MOST)]:
+                known.pop(old, None)
             with torch.inference_mode(False), torch.no_grad():
                 made = known[what] = make()
         return made

@@ -41,13 +41,14 @@ def install() -> None:
             return
         swaps = [Swap(function, replacement) for function, replacement in _pairs()]
         for swap in swaps:
+            _swaps.append(swap)  # before it is applied: an interrupt in between is undone by uninstall()
             swap.apply()
-        _swaps.extend(swaps)
 
 
 def uninstall() -> None:
     """Put diffusers back as it was, and the models whose ``set_attention_backend`` was called since ``install()``.
 
+    Copies that were made of such a model meanwhile are models of their own: ``heedful.reset_attention_backend(copy)``.
     Uninstalling again changes nothing.
     """
     with _lock:
