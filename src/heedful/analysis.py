@@ -31,7 +31,7 @@ from torch.compiler import is_compiling
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from heedful.errors import InvalidArgument
-from heedful.masks import Mask, PaddingProfile, Varlen, as_mask
+from heedful.masks import Mask, PaddingProfile, Varlen, as_mask, replace_part
 from heedful.survey import band_of, blocks_of, reduced, side_of, sides_of, stacked, survey_of, truths
 
 DEVICES = ("cpu", "cuda")
@@ -297,7 +297,7 @@ def _analysed(mask: Mask) -> _Answers:
     if not _parts(mask):
         return _Answers()
     if mask.varlen is not None:
-        packed = _with(mask, varlen=_read_packing(mask.varlen))
+        packed = replace_part(mask, varlen=_read_packing(mask.varlen))
         return _Answers(packed, packed)
     with torch.inference_mode(False), torch.no_grad():
         readings = {
@@ -346,7 +346,7 @@ def _joined(mask: Mask, found: dict[str, Any], *, batch_is_one: bool) -> Mask | 
     result = Mask(mask.causal, mask.window, mask.padding, rows=mask.rows)
     if "padding" in found:
         padding, rows, profile = found["padding"]
-        result = _with(result, padding=padding, rows=rows, profile=profile)
+        result = replace_part(result, padding=padding, rows=rows, profile=profile)
     changed = "padding" in found
     for name in ("dense", "bias"):
         tensor, one = getattr(mask, name), found.get(name, _Found())
@@ -357,7 +357,7 @@ def _joined(mask: Mask, found: dict[str, Any], *, batch_is_one: bool) -> Mask | 
         if joint is not None:
             result, changed = joint, True
         elif tensor is not None:
-            result = _with(result, **{name: tensor})
+            result = replace_part(result, **{name: tensor})
     return result if changed else None
 
 
@@ -368,18 +368,13 @@ def _both(one: Mask, other: Mask, any_alignment: bool) -> Mask | None:
     if one.causal and other.causal and one.causal != other.causal:
         if not any_alignment:
             return None
-        other = _with(other, causal=one.causal)
+        other = replace_part(other, causal=one.causal)
     if one.window and other.window and one.window[2] != other.window[2]:
         if not any_alignment:
             return None
-        other = _with(other, window=(*other.window[:2], one.window[2]))
+        other = replace_part(other, window=(*other.window[:2], one.window[2]))
     profiles = [each for each in (one, other) if each.padding is not None or each.rows is not None]
-    return _with(one & other, profile=profiles[0].profile if len(profiles) == 1 else None)
-
-
-def _with(mask: Mask, **parts: Any) -> Mask:
-    names = ("causal", "window", "padding", "varlen", "dense", "bias", "block", "rows", "profile", "noop")
-    return Mask(**{name: parts.get(name, getattr(mask, name)) for name in names})
+    return replace_part(one & other, profile=profiles[0].profile if len(profiles) == 1 else None)
 
 
 def _read_padding(keep: Tensor, rows: Tensor | None) -> _Reading | None:
@@ -449,7 +444,7 @@ def _read_tensor(tensor: Tensor) -> _Reading | None:
         band, whole = band_of(told, queries, keys)
         if band is not None:
             padding = {} if whole else {"padding": survey.column, "profile": PaddingProfile(side, kept, keys)}
-            return _Found(_with(band, **padding), None, same, soft)
+            return _Found(replace_part(band, **padding), None, same, soft)
         return _Found(packed=blocks.decode(told) if blocks else None, soft=soft)
 
     return _Reading(torch.cat([stacked(flags), sides, row_sides]), decode)

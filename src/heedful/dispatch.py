@@ -7,8 +7,8 @@ The first call of a kind validates, selects a plan and binds it to one function.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from heedful import tracing
 from heedful.analysis import MaskCache
 from heedful.binding import Run, bind
 from heedful.call import problem_of_call
-from heedful.errors import InvalidArgument, UnknownBackend
+from heedful.errors import InvalidArgument
 from heedful.factory import AttentionStrategyFactory
 from heedful.facts import Facts
+from heedful.listing import BackendRow, BackendTable
 from heedful.masks import Mask
 from heedful.policy import Policy, Wish, as_wish, mirror
 from heedful.probing import ready
@@ -41,49 +42,6 @@ _any_autocast = torch._C._is_any_autocast_enabled  # 0.07 us; asking for one dev
 _current_wish = wishes.current_wish
 
 _MOST_KINDS = 4096  # of calls that are remembered; beyond it all are forgotten and planned anew
-
-
-@dataclass(frozen=True)
-class BackendRow:
-    """One backend in the table: its other names, its exactness, what it is, and why it cannot run a plain call here."""
-
-    name: str
-    aliases: tuple[str, ...]
-    exactness: str
-    description: str
-    refusals: tuple[Refusal, ...]
-
-    @property
-    def available(self) -> bool:
-        """Whether it takes a plain call on the table's device."""
-        return not self.refusals
-
-
-@dataclass(frozen=True)
-class BackendTable:
-    """All backends, as asked about one plain problem. Iterates as rows and prints as text."""
-
-    problem: AttentionProblem
-    rows: tuple[BackendRow, ...]
-
-    def __iter__(self) -> Iterator[BackendRow]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, name: str) -> BackendRow:
-        for row in self.rows:
-            if name in (row.name, *row.aliases):
-                return row
-        raise UnknownBackend(name, [row.name for row in self.rows])
-
-    def __str__(self) -> str:
-        lines = [f"backends for {self.problem}"]
-        for row in self.rows:
-            verdict = row.description if row.available else "; ".join(map(str, row.refusals))
-            lines.append(f"  {'+' if row.available else '-'} {row.name:<17} {verdict}")
-        return "\n".join(lines)
 
 
 class AttentionDispatcher:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from heedful.errors import InvalidArgument
+from heedful.visibility import Window, band, seen_by_blocks, sees_none, sequence_of, within
 
 Alignment = Literal["top_left", "bottom_right"]
-Window = tuple[int | None, int | None, str]
 Side = Literal["right", "left", "interior"]
 _FAR = 1 << 40  # keys: farther than any, and places plus it still fit in 64 bits
 ALIGNMENTS: tuple[Alignment, ...] = ("top_left", "bottom_right")
@@ -190,7 +190,7 @@ class Mask:
             if self.varlen is not None:
                 parts.append(self.varlen.band(query_length, key_length, left, right, alignment))
             else:
-                parts.append(_band(query_length, key_length, left, right, alignment, device))
+                parts.append(band(query_length, key_length, left, right, alignment, device))
         if self.padding is not None:
             parts.append(self.padding[:, None, None, :])
         if self.rows is not None:
@@ -198,7 +198,7 @@ class Mask:
         if self.varlen is not None:
             parts.append(self.varlen.same_sequence(query_length, key_length))
         if self.block is not None:
-            parts.append(_dense_of_block(self.block, query_length, key_length, device))
+            parts.append(seen_by_blocks(self.block, query_length, key_length, device))
         if not parts:
             return None
         seen = parts[0]
@@ -345,28 +345,28 @@ class Varlen(Mask):
     def without_keys(self, query_length: int, bands: list[Window]) -> Tensor:
         """Bool (Q,): queries that see no key, in a tidy packing with bands."""
         starts_q, starts_k = self.cu_seqlens_q, self.cu_seqlens_k
-        owner = _sequence_of(starts_q, query_length)
+        owner = sequence_of(starts_q, query_length)
         place = torch.arange(query_length, device=starts_q.device) - starts_q[owner]
         lengths = starts_k.diff()[owner]
-        return _sees_none(place, starts_q.diff()[owner], lengths, bands)
+        return sees_none(place, starts_q.diff()[owner], lengths, bands)
 
     def same_sequence(self, query_length: int, key_length: int) -> Tensor:
         """Bool (1, 1, Q, K): True where query and key belong to one sequence; tokens past the last belong to none."""
-        query_of = _sequence_of(self.cu_seqlens_q, query_length)
-        key_of = _sequence_of(self.cu_seqlens_k, key_length)
+        query_of = sequence_of(self.cu_seqlens_q, query_length)
+        key_of = sequence_of(self.cu_seqlens_k, key_length)
         inside = query_of < len(self.cu_seqlens_q) - 1
         return ((query_of[:, None] == key_of[None, :]) & inside[:, None])[None, None]
 
     def band(self, query_length: int, key_length: int, left: int | None, right: int | None, alignment: str) -> Tensor:
         """Bool (1, 1, Q, K): the band that each sequence has by itself; what it says across sequences means nothing."""
         starts_q, starts_k = self.cu_seqlens_q, self.cu_seqlens_k
-        owner = _sequence_of(starts_q, query_length).clamp(max=max(0, len(starts_q) - 2))
+        owner = sequence_of(starts_q, query_length).clamp(max=max(0, len(starts_q) - 2))
         place = torch.arange(query_length, device=starts_q.device) - starts_q[owner]
         if alignment == "bottom_right":
             lengths = [starts.diff() if len(starts) > 1 else starts for starts in (starts_q, starts_k)]
             place = place + (lengths[1] - lengths[0])[owner]
         own_key = torch.arange(key_length, device=starts_k.device)[None, :] - starts_k[owner][:, None]
-        return _within(place[:, None], own_key, left, right)[None, None]
+        return within(place[:, None], own_key, left, right)[None, None]
 
 
 def as_mask(attn_mask: object) -> Mask | None:
@@ -410,14 +410,18 @@ def savable(attn_mask: Any) -> Any:
     """The same mask with copies of the tensors made in inference mode, which autograd cannot save for a gradient."""
     if isinstance(attn_mask, Tensor):
         return attn_mask.clone() if attn_mask.is_inference() else attn_mask
-    tensors = ("dense", "bias", "padding", "rows")
-    if isinstance(attn_mask, Mask) and any(
-        t is not None and t.is_inference() for t in map(attn_mask.__getattribute__, tensors)
-    ):
-        copies = {name: savable(getattr(attn_mask, name)) for name in tensors}
-        kept = {name: getattr(attn_mask, name) for name in ("causal", "window", "varlen", "block", "profile", "noop")}
-        return Mask(**copies, **kept)
-    return attn_mask
+    if not isinstance(attn_mask, Mask):
+        return attn_mask
+    tensors = {name: getattr(attn_mask, name) for name in ("dense", "bias", "padding", "rows")}
+    if not any(tensor is not None and tensor.is_inference() for tensor in tensors.values()):
+        return attn_mask
+    return replace_part(attn_mask, **{name: savable(tensor) for name, tensor in tensors.items()})
+
+
+def replace_part(mask: Mask, **parts: object) -> Mask:
+    """A mask with some parts exchanged (``dataclasses.replace`` would call the subclass's own constructor)."""
+    fields = ("causal", "window", "padding", "varlen", "dense", "bias", "block", "rows", "profile", "noop")
+    return Mask(**{name: parts.get(name, getattr(mask, name)) for name in fields})  # type: ignore[arg-type]
 
 
 def facts_of(mask: Mask | None, query_length: int = 0, key_length: int = 0) -> MaskFacts:
@@ -511,61 +515,10 @@ def _narrower(one: Window | None, other: Window | None) -> Window | None:
     return left, right, one[2]
 
 
-def _band(
-    query_length: int, key_length: int, left: int | None, right: int | None, alignment: str, device: torch.device
-) -> Tensor:
-    """Bool (Q, K): key j is seen by query i where place(i) - left <= j <= place(i) + right."""
-    place = torch.arange(query_length, device=device)[:, None]
-    if alignment == "bottom_right":
-        place = place + (key_length - query_length)
-    return _within(place, torch.arange(key_length, device=device)[None, :], left, right)
-
-
-def _within(place: Tensor, keys: Tensor, left: int | None, right: int | None) -> Tensor:
-    if left is None:
-        return keys <= place + right if right is not None else keys == keys + 0 * place
-    return keys >= place - left if right is None else (keys >= place - left) & (keys <= place + right)
-
-
 def without_keys(mask: Mask, query_length: int, key_length: int, device: torch.device) -> Tensor:
     """Bool (Q,): queries that causality, a window and a tidy packing leave without any key."""
     bands: list[Window] = [] if mask.causal is None else [(None, 0, mask.causal)]
     bands = bands if mask.window is None else [*bands, mask.window]
     if mask.varlen is not None:
         return mask.varlen.without_keys(query_length, bands)
-    return _sees_none(torch.arange(query_length, device=device), query_length, key_length, bands)
-
-
-def _sees_none(place: Tensor, query_length: Tensor | int, key_length: Tensor | int, bands: list[Window]) -> Tensor:
-    first, last = torch.zeros_like(place), torch.zeros_like(place) + key_length - 1
-    for left, right, alignment in bands:
-        at = place + key_length - query_length if alignment == "bottom_right" else place
-        first = first if left is None else torch.maximum(first, at - left)
-        last = last if right is None else torch.minimum(last, at + right)
-    return first > last
-
-
-def _sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    places = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), places, right=True)
-
-
-def _dense_of_block(block: Any, query_length: int, key_length: int, device: torch.device) -> Tensor:
-    """What a ``BlockMask`` lets see: all of its full blocks, its function in its partial blocks, nothing elsewhere."""
-    from torch.nn.attention.flex_attention import create_mask
-
-    def listed(counts: Tensor, indices: Tensor) -> Tensor:
-        rows, columns = block.BLOCK_SIZE
-        blocks = -(-key_length // columns)
-        used = torch.arange(indices.shape[-1], device=device) < counts[..., None]
-        table = torch.zeros(*counts.shape, blocks + 1, dtype=torch.bool, device=device)  # the last takes the unused
-        table = table.scatter(-1, torch.where(used, indices.long(), blocks), True)[..., :blocks]
-        within = table.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
-        return within[..., :query_length, :key_length]
-
-    batch, heads = block.kv_num_blocks.shape[:2]
-    seen = create_mask(block.mask_mod, batch, heads, query_length, key_length, device=str(device))
-    seen = seen & listed(block.kv_num_blocks, block.kv_indices)
-    if block.full_kv_num_blocks is None:
-        return seen
-    return seen | listed(block.full_kv_num_blocks, block.full_kv_indices)
+    return sees_none(torch.arange(query_length, device=device), query_length, key_length, bands)

@@ -12,7 +12,7 @@ import heedful
 from heedful import Refusal
 from heedful.cli import app
 from heedful.cli.listing import _in_short
-from heedful.dispatch import BackendRow
+from heedful.listing import BackendRow
 
 run = CliRunner(env={"NO_COLOR": "1", "FORCE_COLOR": None}).invoke
 

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from heedful import Bias, Causal, Dense, KeyPadding, Limits, SlidingWindow, Varlen, lowering
 from heedful.analysis import analyse
 from heedful.call import mask_of_call, problem_of_call
-from heedful.lowering import LOWERINGS, Lowering, Operands, lower, replace_part
+from heedful.lowering import LOWERINGS, Lowering, Operands, lower
 from heedful.lowering.numbers import cast_bias
+from heedful.masks import replace_part
 from heedful.strategy import ALL_MASKS, static_arguments
 
 ANY = {"scale": True, "gqa": True, "value_dim_may_differ": True, "backward": True, "lse": True}

@@ -12,8 +12,9 @@ from rich.text import Text
 
 from heedful.cli.machines import HELP, Machine, machine
 from heedful.cli.tables import table
-from heedful.dispatch import AttentionDispatcher, BackendRow, BackendTable
+from heedful.dispatch import AttentionDispatcher
 from heedful.errors import InvalidArgument
+from heedful.listing import BackendRow, BackendTable
 from heedful.refusal import Refusal
 
 # The most decisive first: on the wrong device it does not matter which packages are there.

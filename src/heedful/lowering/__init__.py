@@ -5,7 +5,7 @@ only where it mends a refusal or is known to pay, so a chain is never longer tha
 strategy alike, under forced names too.
 """
 
-from heedful.lowering.base import Computed, Kernel, Lowering, Operands, Step, lower_by, replace_part
+from heedful.lowering.base import Computed, Kernel, Lowering, Operands, Step, lower_by
 from heedful.lowering.blocks import BlockOfMask
 from heedful.lowering.causality import AlignCausal, ChunkCausal, TrimCausal
 from heedful.lowering.masking import DropNoop, MaterialiseMask, ZeroEmptyRows
@@ -79,5 +79,4 @@ __all__ = [
     "ZeroEmptyRows",
     "leading_shape",
     "lower",
-    "replace_part",
 ]

@@ -166,9 +166,3 @@ def lasting(mask: Mask) -> object | None:
     if mask.padding is not None or mask.rows is not None:
         return mask.profile if mask.varlen is None else None
     return mask if mask.varlen is None else mask.varlen
-
-
-def replace_part(mask: Mask, **parts: object) -> Mask:
-    """A mask with some parts exchanged (``dataclasses.replace`` would call the subclass's own constructor)."""
-    fields = ("causal", "window", "padding", "varlen", "dense", "bias", "block", "rows", "profile", "noop")
-    return Mask(**{name: parts.get(name, getattr(mask, name)) for name in fields})  # type: ignore[arg-type]

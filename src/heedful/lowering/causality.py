@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from heedful.lowering.base import Before, Computed, Kernel, Lowering, Operands, replace_part
-from heedful.masks import Mask, MaskFacts, Window
+from heedful.lowering.base import Before, Computed, Kernel, Lowering, Operands
+from heedful.masks import Mask, MaskFacts, replace_part
 from heedful.problem import AttentionProblem
 from heedful.strategy import Limits
+from heedful.visibility import Window
 
 _CHUNK = 256  # queries; 128 to 512 are about alike (benchmarks/lowerings.py, two CPU cores)
 

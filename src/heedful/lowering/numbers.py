@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from heedful.lowering.base import After, Before, Lowering, Operands, replace_part
+from heedful.lowering.base import After, Before, Lowering, Operands
+from heedful.masks import replace_part
 from heedful.problem import AttentionProblem
 from heedful.strategy import Limits
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from heedful.lowering.base import Computed, Kernel, Lowering, Memory, Operands, replace_part
+from heedful.lowering.base import Computed, Kernel, Lowering, Memory, Operands
 from heedful.lowering.causality import aligned, band_of, mixed, shifted
 from heedful.lowering.padding import PADDING, no_answer, without_padding
-from heedful.masks import Mask, MaskFacts, Varlen
+from heedful.masks import Mask, MaskFacts, Varlen, replace_part
 from heedful.problem import AttentionProblem
 from heedful.strategy import Limits
 

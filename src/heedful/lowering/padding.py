@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heedful.lowering.base import Computed, Kernel, Lowering, Memory, Operands, replace_part
-from heedful.masks import Mask, MaskFacts, PaddingProfile
+from heedful.lowering.base import Computed, Kernel, Lowering, Memory, Operands
+from heedful.masks import Mask, MaskFacts, PaddingProfile, replace_part
 from heedful.problem import AttentionProblem
 from heedful.strategy import Limits
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from heedful.lowering.base import After, Before, Kernel, Lowering, Operands, replace_part
-from heedful.masks import Mask
+from heedful.lowering.base import After, Before, Kernel, Lowering, Operands
+from heedful.masks import Mask, replace_part
 from heedful.problem import AttentionProblem
 from heedful.strategy import Limits
 
