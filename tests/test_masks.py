@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from heedful import Bias, Causal, Dense, InvalidArgument, KeyPadding, Mask, SlidingWindow, Varlen
 from heedful.masks import NO_MASK, MaskFacts, as_mask, as_window, facts_of
@@ -380,3 +381,62 @@ def test_what_is_no_tensor_is_named(make):
 def test_narrow_ends_would_wrap_and_are_refused(dtype):
     with pytest.raises(InvalidArgument, match="int32 or int64"):
         Varlen(torch.tensor([0, 3], dtype=dtype))
+
+
+# Some rows of it
+
+
+ROWS = [slice(2, 5), slice(4, 99), slice(0, 0), torch.tensor([5, 0, 3, 3]), torch.tensor([], dtype=torch.int64)]
+
+
+def masks_by_rows():
+    generator = torch.Generator().manual_seed(0)
+    keep, used = (torch.rand(2, n, generator=generator) < 0.6 for n in (9, 7))
+    dense = torch.rand(2, 3, 7, 9, generator=generator) < 0.6
+    packed = Varlen(torch.tensor([0, 3, 6]), torch.tensor([0, 4, 8]))
+    block = create_block_mask(lambda b, h, q, k: (q + h >= k) & (k > b), 2, 3, 300, 270, device="cpu")
+    return {
+        "causal": Causal(),
+        "causal, the end": Causal("bottom_right"),
+        "window": SlidingWindow(2, 1, "bottom_right") & Causal("bottom_right"),
+        "padding": KeyPadding(keep, used) & Causal(),
+        "dense": Dense(dense) & Causal(),
+        "dense rows": Dense(dense[:, :, :, :1]),
+        "dense keys": Dense(dense[0, 0, 0]),
+        "packed": packed,
+        "packed, banded": packed & Causal("bottom_right") & SlidingWindow(1, None, "bottom_right"),
+        "block": Mask(block=block),
+    }
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@pytest.mark.parametrize("name", masks_by_rows())
+def test_some_rows_are_those_of_the_whole(name, rows):
+    mask = masks_by_rows()[name]
+    lengths = (300, 270) if name == "block" else (7, 9)
+    whole = visible(mask, *lengths).expand(2, 3, *lengths)
+    for keys in (slice(None), slice(2, 6)):
+        some = mask.visible_rows(rows, *lengths, CPU, keys)
+        wanted = whole[..., rows, :][..., keys]
+        assert torch.equal(some.expand(wanted.shape), wanted)
+
+
+def test_rows_of_a_mask_that_hides_nothing():
+    assert Bias(torch.zeros(7, 9)).visible_rows(slice(2, 5), 7, 9, CPU) is None
+
+
+def test_no_more_is_made_than_the_rows_asked_for():
+    largest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            largest.append(out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    for name, mask in masks_by_rows().items():
+        if name not in ("block", "dense"):
+            largest.clear()
+            with Watch():
+                mask.visible_rows(torch.tensor([1, 5]), 7, 9, CPU)
+            assert max(largest) <= 2 * 2 * 9, name

@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 
 from heedful.errors import InvalidArgument
-from heedful.visibility import Window, band, seen_by_blocks, sees_none, sequence_of, within
+from heedful.visibility import (
+    EVERY,
+    Rows,
+    Window,
+    band,
+    cut,
+    places_of,
+    seen_by_blocks,
+    sees_none,
+    sequence_of,
+    within,
+)
 
 Alignment = Literal["top_left", "bottom_right"]
 Side = Literal["right", "left", "interior"]
@@ -182,23 +193,40 @@ class Mask:
         block = None if self.block is None else tuple(self.block.shape)
         return (self.causal, self.window, block, packing, *parts, *contents)
 
+    @property
+    def bands(self) -> list[Window]:
+        """Causality, which is a window that ends at the query's place, and the window."""
+        every: list[Window] = [] if self.causal is None else [(None, 0, self.causal)]
+        return every if self.window is None else [*every, self.window]
+
     def visible(self, query_length: int, key_length: int, device: torch.device) -> Tensor | None:
         """What the boolean parts let see: bool, broadcastable to (B, H, Q, K); None where they hide nothing."""
-        parts = [] if self.dense is None else [self.dense]
-        bands: list[Window] = [] if self.causal is None else [(None, 0, self.causal)]
-        for left, right, alignment in bands if self.window is None else [*bands, self.window]:
+        return self.visible_rows(EVERY, query_length, key_length, device)
+
+    def visible_rows(
+        self, rows: Rows, query_length: int, key_length: int, device: torch.device, keys: slice = EVERY
+    ) -> Tensor | None:
+        """The same of some queries, and of a run of keys: nothing of size Q * K is made.
+
+        ``rows``: R of the queries, as a slice or as an int64 tensor of their indices, in any order; ``keys``: S of the
+        keys. Bool, broadcastable to (B, H, R, S); None where the parts hide nothing.
+        """
+        at, key_at = places_of(rows, query_length, device), places_of(keys, key_length, device)
+        parts = [] if self.dense is None else [cut(cut(self.dense, -2, rows), -1, keys)]
+        for left, right, alignment in self.bands:
             if self.varlen is not None:
-                parts.append(self.varlen.band(query_length, key_length, left, right, alignment))
+                parts.append(self.varlen.band(at, key_at, left, right, alignment))
             else:
-                parts.append(band(query_length, key_length, left, right, alignment, device))
+                shift = key_length - query_length if alignment == "bottom_right" else 0
+                parts.append(band(at, key_at, left, right, shift))
         if self.padding is not None:
-            parts.append(self.padding[:, None, None, :])
+            parts.append(cut(self.padding, -1, keys)[:, None, None, :])
         if self.rows is not None:
-            parts.append(self.rows[:, None, :, None])
+            parts.append(cut(self.rows, -1, rows)[:, None, :, None])
         if self.varlen is not None:
-            parts.append(self.varlen.same_sequence(query_length, key_length))
+            parts.append(self.varlen.same_sequence(at, key_at))
         if self.block is not None:
-            parts.append(seen_by_blocks(self.block, query_length, key_length, device))
+            parts.append(seen_by_blocks(self.block, query_length, key_length, device, rows, keys))
         if not parts:
             return None
         seen = parts[0]
@@ -345,27 +373,30 @@ class Varlen(Mask):
     def without_keys(self, query_length: int, bands: list[Window]) -> Tensor:
         """Bool (Q,): queries that see no key, in a tidy packing with bands."""
         starts_q, starts_k = self.cu_seqlens_q, self.cu_seqlens_k
-        owner = sequence_of(starts_q, query_length)
-        place = torch.arange(query_length, device=starts_q.device) - starts_q[owner]
+        tokens = torch.arange(query_length, device=starts_q.device)
+        owner = sequence_of(starts_q, tokens)
+        place = tokens - starts_q[owner]
         lengths = starts_k.diff()[owner]
         return sees_none(place, starts_q.diff()[owner], lengths, bands)
 
-    def same_sequence(self, query_length: int, key_length: int) -> Tensor:
-        """Bool (1, 1, Q, K): True where query and key belong to one sequence; tokens past the last belong to none."""
-        query_of = sequence_of(self.cu_seqlens_q, query_length)
-        key_of = sequence_of(self.cu_seqlens_k, key_length)
+    def same_sequence(self, query: Tensor, key: Tensor) -> Tensor:
+        """Bool (1, 1, R, S), of token indices (R,) and (S,): True where both belong to one sequence.
+
+        Tokens past the last belong to none.
+        """
+        query_of, key_of = sequence_of(self.cu_seqlens_q, query), sequence_of(self.cu_seqlens_k, key)
         inside = query_of < len(self.cu_seqlens_q) - 1
         return ((query_of[:, None] == key_of[None, :]) & inside[:, None])[None, None]
 
-    def band(self, query_length: int, key_length: int, left: int | None, right: int | None, alignment: str) -> Tensor:
-        """Bool (1, 1, Q, K): the band that each sequence has by itself; what it says across sequences means nothing."""
+    def band(self, query: Tensor, key: Tensor, left: int | None, right: int | None, alignment: str) -> Tensor:
+        """Bool (1, 1, R, S): the band that each sequence has by itself; what it says across sequences means nothing."""
         starts_q, starts_k = self.cu_seqlens_q, self.cu_seqlens_k
-        owner = sequence_of(starts_q, query_length).clamp(max=max(0, len(starts_q) - 2))
-        place = torch.arange(query_length, device=starts_q.device) - starts_q[owner]
+        owner = sequence_of(starts_q, query).clamp(max=max(0, len(starts_q) - 2))
+        place = query - starts_q[owner]
         if alignment == "bottom_right":
             lengths = [starts.diff() if len(starts) > 1 else starts for starts in (starts_q, starts_k)]
             place = place + (lengths[1] - lengths[0])[owner]
-        own_key = torch.arange(key_length, device=starts_k.device)[None, :] - starts_k[owner][:, None]
+        own_key = key[None, :] - starts_k[owner][:, None]
         return within(place[:, None], own_key, left, right)[None, None]
 
 
@@ -517,8 +548,6 @@ def _narrower(one: Window | None, other: Window | None) -> Window | None:
 
 def without_keys(mask: Mask, query_length: int, key_length: int, device: torch.device) -> Tensor:
     """Bool (Q,): queries that causality, a window and a tidy packing leave without any key."""
-    bands: list[Window] = [] if mask.causal is None else [(None, 0, mask.causal)]
-    bands = bands if mask.window is None else [*bands, mask.window]
     if mask.varlen is not None:
-        return mask.varlen.without_keys(query_length, bands)
-    return sees_none(torch.arange(query_length, device=device), query_length, key_length, bands)
+        return mask.varlen.without_keys(query_length, mask.bands)
+    return sees_none(torch.arange(query_length, device=device), query_length, key_length, mask.bands)
