@@ -5,7 +5,7 @@ A lowering pays where the ratio (with it over without it) is below 1. Measured a
 
 - ``gather_keys`` by the eighths of keys kept, and by side: where does leaving keys out stop paying?
 - ``upcast``, float16 computed in float32: does it pay at every length?
-- ``chunk_causal`` by length and size of a chunk, for the unfused kernel and for torch's choice;
+- ``chunk_queries`` of causal calls by length and size of a chunk, for the unfused kernel and for torch's choice;
 - ``drop_noop_mask``: it is always on, so 'without' is a policy that leaves masks unread.
 
 The library stays as it is: each side is a registry of its own, with a strategy whose limits name the lowering, or do
@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 import heedful
-from heedful.lowering import causality
+from heedful.lowering import chunking
 from heedful.strategies.native import NativeAttentionStrategy
 from heedful.strategies.native_math import NativeMathAttentionStrategy
 
@@ -134,7 +134,7 @@ def upcast(shapes: tuple[Sizes, ...]) -> Iterator[Trial]:
 def chunked(lengths: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[Trial]:
     """The unfused kernel computes all scores, torch's choice skips hidden blocks by itself."""
     for strategy, heads in ((NativeMathAttentionStrategy, 2), (NativeAttentionStrategy, 4)):
-        sides = switched(strategy, "chunk_causal")
+        sides = switched(strategy, "chunk_queries")
         for length in lengths:
             seen = torch.ones(length, length, dtype=torch.bool).tril()
             for chunk in chunks:
@@ -156,7 +156,7 @@ def dropped(shapes: tuple[Sizes, ...]) -> Iterator[Trial]:
 TRIALS: dict[str, Callable[[bool], Iterator[Trial]]] = {
     "gather_keys": lambda quick: gathered(QUICK if quick else PADDED),
     "upcast": lambda quick: upcast(QUICK if quick else HALVES),
-    "chunk_causal": lambda quick: chunked((32,) if quick else LENGTHS, (16,) if quick else CHUNKS),
+    "chunk_queries": lambda quick: chunked((32,) if quick else LENGTHS, (16,) if quick else CHUNKS),
     "drop_noop_mask": lambda quick: dropped(QUICK if quick else NOOPS),
 }
 
@@ -180,7 +180,8 @@ def row(trial: Trial, rounds: int, bar: Bar) -> Row:
     def way(dispatcher: heedful.AttentionDispatcher) -> Call:
         return lambda: dispatcher.attention(query, key, value, **trial.call, backend=trial.backend)
 
-    with mock.patch.object(causality, "_CHUNK", trial.chunk or causality._CHUNK):
+    chunk = mock.patch.object(chunking, "CHUNK", trial.chunk or chunking.CHUNK)
+    with chunk, mock.patch.object(chunking, "MOST_BYTES", 1 << 40):  # chunks for speed alone
         for side, dispatcher in sides.items():
             plan = dispatcher.explain(query, key, value, **trial.call, backend=trial.backend).checked()
             assert plan.chosen is not None

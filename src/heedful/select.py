@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from heedful.errors import Refused
-from heedful.lowering import Step, lower
+from heedful.lowering import SplitSequences, Step, lower
 from heedful.masks import MaskFacts
 from heedful.policy import Policy, Wish
 from heedful.problem import AttentionProblem
@@ -114,7 +114,8 @@ class Plan:
 
 def _of_hidden_keys(chosen: Verdict, problem: AttentionProblem) -> str:
     """Whether NaN and inf in keys that a mask hides can reach the output."""
-    packed = chosen.lowered.layout == "THD" and problem.mask.varlen  # its kernel reads each sequence's own keys
+    split = any(step.name == SplitSequences.name for step in chosen.steps)
+    packed = split or (chosen.lowered.layout == "THD" and problem.mask.varlen)  # each sequence's own keys are read
     if not set(problem.mask.kinds) & _HIDING or problem.mask.noop or packed:
         return ""
     if chosen.drops_hidden_keys(problem):

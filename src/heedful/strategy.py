@@ -51,7 +51,7 @@ class Limits:
     -inf). ``bias_in_query_dtype``: a bias must have the dtype of the query. ``max_batch``: the most batch rows in one
     call. ``loose_packs``: packed tokens of no sequence, and sequences without keys, are right, too. ``faster_with``:
     names of lowerings that are taken wherever they apply, because they were measured to pay here, from ``faster_from``
-    scores (B * H * Q * K) on.
+    scores (B * H * Q * K) on. ``scores_in_memory``: the kernel holds all scores at once.
     """
 
     devices: tuple[str, ...] = ("*",)
@@ -82,6 +82,7 @@ class Limits:
     max_batch: int | None = None
     bfloat16_from: tuple[int, int] | None = None
     loose_packs: bool = False
+    scores_in_memory: bool = False
     faster_with: frozenset[str] = frozenset()
     faster_from: int = 0
 

@@ -18,7 +18,14 @@ from heedful.lowering import Operands
 from heedful.masks import Mask
 from heedful.testing.oracle import Meaning, attend
 
-ROUGH = {"gather_keys", "pack", "tidy_pack", "chunk_causal", "split_batch"}  # their sizes are those of a typical part
+ROUGH = {
+    "gather_keys",
+    "pack",
+    "tidy_pack",
+    "split_sequences",
+    "chunk_queries",
+    "split_batch",
+}  # their sizes are those of a typical part
 AXIS = {"BHSD": -2, "BSHD": -3, "THD": -3}
 
 
@@ -164,7 +171,8 @@ def strict_kernel(problem, limits, seen_keys=None):
                 lse = lse.masked_fill(full, 12345.0)
         varlen = None if x.mask is None else x.mask.varlen
         if varlen is not None and limits is not None and not limits.loose_packs:
-            lost = ~varlen.same_sequence(x.query.shape[AXIS[problem.layout]], x.key.shape[AXIS[problem.layout]])
+            lengths = (x.query.shape[AXIS[problem.layout]], x.key.shape[AXIS[problem.layout]])
+            lost = ~varlen.visible(*lengths, x.query.device)
             assert not lost.all(-1).any(), "packed tokens of no sequence, or without keys, would stay unwritten"
         return out, lse
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from heedful import Bias, Causal, Dense, KeyPadding, Limits, SlidingWindow, Varlen, lowering
 from heedful.analysis import analyse
 from heedful.call import mask_of_call, problem_of_call
-from heedful.lowering import LOWERINGS, Lowering, Operands, lower
+from heedful.lowering import LOWERINGS, Lowering, Operands, chunking, lower
 from heedful.lowering.numbers import cast_bias
 from heedful.masks import replace_part
 from heedful.strategy import ALL_MASKS, static_arguments
@@ -63,7 +63,10 @@ KERNELS = {
         masks=frozenset({"causal", "dense", "bias"}),
         empty_rows=frozenset({"output"}),
         bias_backward=True,
-        faster_with=frozenset({"gather_keys", "upcast", "chunk_causal"}),
+        faster_with=frozenset({"gather_keys", "upcast", "chunk_queries"}),
+    ),
+    "holds scores": Limits(
+        **ANY, masks=frozenset({"causal", "key_padding", "dense", "bias"}), bias_backward=True, scores_in_memory=True
     ),
     "one row": Limits(**ANY, masks=frozenset({"key_padding", "dense", "causal", "window"}), max_batch=1),
     "blocks": Limits(
@@ -197,6 +200,27 @@ def test_whatever_is_lowered_gives_the_formula(kernel, tools):
     assert len(run) > 10
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("most", [1, 400])
+def test_so_it_does_in_chunks_that_keep_memory_small(kernel, most, tools, monkeypatch):
+    """A bound so low that every mask and all scores are too large for it: chunks of one query, or of a few."""
+    limits, run = KERNELS[kernel], []
+    monkeypatch.setattr(chunking, "MOST_BYTES", most)
+    monkeypatch.setattr(chunking, "CHUNK", 3)
+
+    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    @given(tools.calls())
+    def check(call):
+        steps, lowered = lower(call.problem(needs_grad=False), limits)
+        if not list(limits.refusals(lowered)):
+            run.append([step.name for step in steps])
+            tools.check_steps(call, steps, lowered, limits, gradients="block_mask" not in run[-1])
+
+    check()
+    whole = limits.layouts == ("THD",) or kernel in {"short form", "sage", "flash", "xformers", "everything", "blocks"}
+    assert any("chunk_queries" in names for names in run) or whole
+
+
 BIASES = {"bias", "hiding bias", "wide bias", "bias and dense"}
 UNREAD = {"packed", "packed, grouped"}  # how long the sequences are is known once the mask is analysed
 PADDED = {"key padding", "all padded", "mask values"}
@@ -216,6 +240,7 @@ DENSE = DENSE | BIASES | PADDED
         ("heads third", set()),
         ("bottom right", set()),
         ("native", set()),
+        ("holds scores", set()),
         ("one row", BIASES),
         ("flash", DENSE | UNREAD),
         ("flash, packed", DENSE | UNREAD),
@@ -247,9 +272,9 @@ def test_a_chain_is_in_the_declared_order_and_names_what_it_mends():
     assert [(step.name, step.mended) for step in steps] == [
         ("broadcast", ("leading sizes",)),
         ("layout", ("layout",)),
+        ("pad_head_dim", ("head dim padding",)),
         ("cast_bias", ("bias dtype",)),
         ("zero_empty_rows", ("empty rows",)),
-        ("pad_head_dim", ("head dim padding",)),
         ("fold_scale", ("scale",)),
     ]
     assert list(KERNELS["bias, no scale"].refusals(lowered)) == []

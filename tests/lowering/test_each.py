@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
 from heedful import Limits, lowering
-from heedful.lowering import Step
+from heedful.lowering import Step, chunking
 from heedful.strategy import ALL_MASKS
 
 ANY = {"scale": True, "gqa": True, "value_dim_may_differ": True, "lse": True, "masks": ALL_MASKS, "mixed_masks": True}
@@ -40,6 +40,12 @@ CASES = {
         Limits(**{**ANY, **THD}),
         {"masks": ("pack",), "layouts": ("BHSD", "BSHD")},
     ),
+    "chunk_queries": (lowering.ChunkQueries(), Limits(**ANY, scores_in_memory=True), {"layouts": ("BHSD", "BSHD")}),
+    "split_sequences": (
+        lowering.SplitSequences(),
+        Limits(**{**ANY, "masks": frozenset({"causal", "window", "dense"})}),
+        {"masks": ("pack",), "layouts": ("BHSD", "BSHD")},
+    ),
     "split_batch": (lowering.SplitBatch(), Limits(**ANY, max_batch=2), {}),
     "expand_kv_heads": (lowering.ExpandKVHeads(), Limits(**ANY), {}),
     "block_mask": (
@@ -65,8 +71,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_lowering_and_the_way_back_give_the_formula(case, tools):
+def test_a_lowering_and_the_way_back_give_the_formula(case, tools, monkeypatch):
     one, limits, drawn = CASES[case]
+    monkeypatch.setattr(chunking, "CHUNK", 3)
+    monkeypatch.setattr(chunking, "MOST_BYTES", 400)
     taken = []
 
     @settings(

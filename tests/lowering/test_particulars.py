@@ -12,12 +12,14 @@ from heedful import Bias, Causal, Dense, KeyPadding, Limits, SlidingWindow, Varl
 from heedful.analysis import MaskCache, analyse
 from heedful.call import problem_of_call
 from heedful.lowering import (
+    LOWERINGS,
     BlockOfMask,
     GatherKeys,
     MaterialiseMask,
     Operands,
     PackPadding,
     causality,
+    chunking,
     lower,
 )
 from heedful.lowering.base import Memory, lasting
@@ -215,25 +217,25 @@ def test_gathering_gives_way_to_a_mask_where_it_was_not_measured_to_pay():
 @pytest.mark.parametrize("layout", ["BHSD", "BSHD"])
 def test_causal_attention_in_chunks(queries, keys, layout, tools, monkeypatch):
     """Short chunks, so that some have fewer keys than queries before them, as where padded keys were cut."""
-    monkeypatch.setattr(causality, "_CHUNK", 4)
+    monkeypatch.setattr(chunking, "CHUNK", 4)
     shapes = [(2, 2, n, 4) if layout == "BHSD" else (2, n, 2, 4) for n in (queries, keys, keys)]
     call = tools.Call(*tensors(*shapes), Causal(), layout)
-    limits = Limits(**GOOD, masks=frozenset({"causal", "dense"}), faster_with=frozenset({"chunk_causal"}))
+    limits = Limits(**GOOD, masks=frozenset({"causal", "dense"}), faster_with=frozenset({"chunk_queries"}))
     limits = replace(limits, layouts=(layout,))
     steps, problem = lower(call.problem(), limits)
-    assert [step.name for step in steps] == (["chunk_causal"] if queries >= 8 else [])
+    assert [step.name for step in steps] == (["chunk_queries"] if queries >= 8 else [])
     tools.check_steps(call, steps, problem, limits)
 
 
 def test_chunks_of_gathered_keys(tools, monkeypatch):
-    monkeypatch.setattr(causality, "_CHUNK", 2)
+    monkeypatch.setattr(chunking, "CHUNK", 2)
     limits = Limits(
-        **GOOD, masks=frozenset({"causal", "dense"}), faster_with=frozenset({"chunk_causal", "gather_keys"})
+        **GOOD, masks=frozenset({"causal", "dense"}), faster_with=frozenset({"chunk_queries", "gather_keys"})
     )
     keep = torch.arange(8) < torch.tensor([[7], [5], [0]])
     call = tools.Call(*tensors((3, 2, 4, 4), (3, 2, 8, 4), (3, 2, 8, 4)), KeyPadding(keep) & Causal())
     steps, problem = lower(call.problem(), limits)
-    assert [step.name for step in steps] == ["gather_keys", "chunk_causal"]
+    assert [step.name for step in steps] == ["gather_keys", "chunk_queries"]
     tools.check_steps(call, steps, problem, limits)
 
 
@@ -250,13 +252,41 @@ def test_float16_is_computed_in_float32_and_rounded_once(bias, tools):
     tools.check_steps(call, steps, problem, limits, tolerance=2e-3)
 
 
-def test_upcasting_is_for_float16_on_a_cpu_only():
-    limits = Limits(faster_with=frozenset({"upcast"}))
-    for dtype, names in ((torch.float16, ["upcast"]), (torch.bfloat16, []), (torch.float32, [])):
+@pytest.mark.parametrize("word", ["upcast", "upcast_bfloat16"])
+def test_upcasting_is_for_16_bits_on_a_cpu_only_each_by_its_word(word):
+    limits, wanted = Limits(faster_with=frozenset({word})), {"upcast": torch.float16}.get(word, torch.bfloat16)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
         (query,) = tensors((1, 2, 3, 8), dtype=dtype)
         problem = problem_of_call(query, query, query)
-        assert [step.name for step in lower(problem, limits)[0]] == names
+        assert [step.name for step in lower(problem, limits)[0]] == ["upcast"] * (dtype == wanted)
         assert lower(problem.replace(device="cuda"), limits)[0] == ()
+
+
+# Those that may be taken or left
+
+
+OPTIONAL = {
+    "gather_keys": lambda query: problem_of_call(
+        query, query, query, attn_mask=analyse(KeyPadding(torch.arange(600)[None] != 7))
+    ),
+    "upcast": lambda query: problem_of_call(query.half(), query.half(), query.half()),
+    "upcast_bfloat16": lambda query: problem_of_call(*[query.bfloat16()] * 3),
+    "chunk_queries": lambda query: problem_of_call(query, query, query, is_causal=True),
+}
+
+
+@pytest.mark.parametrize("word", OPTIONAL)
+def test_an_optional_lowering_is_switched_by_its_word(word):
+    problem = OPTIONAL[word](tensors((1, 2, 600, 8))[0])
+    (one,) = [one for one in LOWERINGS if one.optional and one.switch(problem) == word]
+    for limits in (TAKES_DENSE, replace(TAKES_DENSE, faster_from=1 << 40, faster_with=frozenset(OPTIONAL))):
+        for named in (set(OPTIONAL) - {word}, {word}, set(OPTIONAL)):
+            steps, _ = lower(problem, replace(limits, faster_with=frozenset(named), faster_from=0))
+            assert (one.name in [step.name for step in steps]) == (word in named)
+
+
+def test_which_are_optional():
+    assert {one.name for one in LOWERINGS if one.optional} == {"gather_keys", "upcast", "chunk_queries"}
 
 
 # Words

@@ -7,11 +7,13 @@ strategy alike, under forced names too.
 
 from heedful.lowering.base import Computed, Kernel, Lowering, Operands, Step, lower_by
 from heedful.lowering.blocks import BlockOfMask
-from heedful.lowering.causality import AlignCausal, ChunkCausal, TrimCausal
+from heedful.lowering.causality import AlignCausal, TrimCausal
+from heedful.lowering.chunking import ChunkQueries
 from heedful.lowering.masking import DropNoop, MaterialiseMask, ZeroEmptyRows
 from heedful.lowering.numbers import CastAutocast, CastBias, FoldScale, Upcast
 from heedful.lowering.packing import PackPadding, TidyPacked
 from heedful.lowering.padding import GatherKeys
+from heedful.lowering.sequences import SplitSequences
 from heedful.lowering.shapes import (
     BroadcastLeading,
     ChangeLayout,
@@ -34,14 +36,15 @@ LOWERINGS: tuple[Lowering, ...] = (
     PackPadding(),
     GatherKeys(),
     ChangeLayout(),
+    SplitSequences(),
     SplitBatch(),
     ExpandKVHeads(),
-    ChunkCausal(),
+    PadHeadDim(),
     BlockOfMask(),
+    ChunkQueries(),
     MaterialiseMask(),
     CastBias(),
     ZeroEmptyRows(),
-    PadHeadDim(),
     FoldScale(),
 )
 
@@ -59,7 +62,7 @@ __all__ = [
     "CastAutocast",
     "CastBias",
     "ChangeLayout",
-    "ChunkCausal",
+    "ChunkQueries",
     "Computed",
     "DropNoop",
     "ExpandKVHeads",
@@ -72,6 +75,7 @@ __all__ = [
     "PackPadding",
     "PadHeadDim",
     "SplitBatch",
+    "SplitSequences",
     "Step",
     "TidyPacked",
     "TrimCausal",

@@ -52,18 +52,29 @@ class Lowering(ABC):
     """One rewrite. ``mends`` are the refusal fields that it can make go away; ``gain`` what it is good for otherwise.
 
     ``drops_keys``: hidden keys and values never reach the kernel, so that even NaN in them cannot reach the output.
+    ``optional``: where no refusal needs mending it may be taken or left, for speed alone: ``switch`` in the limits'
+    ``faster_with``, with ``faster_from`` 0, takes it wherever it applies, and its absence leaves it.
     """
 
     name: ClassVar[str]
     mends: ClassVar[frozenset[str]] = frozenset()
     gain: ClassVar[str] = "faster"
     drops_keys: ClassVar[bool] = False
+    optional: ClassVar[bool] = False
+
+    def switch(self, problem: AttentionProblem) -> str:  # noqa: ARG002
+        """The word by which limits say that it pays for such problems: its name, if it needs no finer one."""
+        return self.name
 
     def improves(self, problem: AttentionProblem, limits: Limits) -> bool:
         """Whether it is taken without a refusal to mend: where the limits say that it was measured to pay."""
-        if self.name not in limits.faster_with:
+        if self.switch(problem) not in limits.faster_with:
             return False
         return problem.batch * problem.heads * problem.query_length * problem.key_length >= limits.faster_from
+
+    def gain_of(self, problem: AttentionProblem, limits: Limits) -> str:  # noqa: ARG002
+        """What it is good for here, where it mends nothing."""
+        return self.gain
 
     @abstractmethod
     def rewrite(self, problem: AttentionProblem, limits: Limits) -> AttentionProblem | None:
@@ -93,12 +104,13 @@ class Lowering(ABC):
 
 @dataclass(frozen=True)
 class Step:
-    """A lowering that was taken, the refusals it mends, and the problems on either side."""
+    """A lowering that was taken, the refusals it mends or else what is gained, and the problems on either side."""
 
     lowering: Lowering
     mended: tuple[str, ...]
     old: AttentionProblem
     new: AttentionProblem
+    gain: str = ""
 
     @property
     def name(self) -> str:
@@ -108,7 +120,7 @@ class Step:
     @property
     def why(self) -> str:
         """What it is taken for."""
-        return f"mends {', '.join(self.mended)}" if self.mended else self.lowering.gain
+        return f"mends {', '.join(self.mended)}" if self.mended else self.gain or self.lowering.gain
 
     def __str__(self) -> str:
         return f"{self.name} ({self.why})"
@@ -128,7 +140,8 @@ def lower_by(
             continue
         left = set(limits.refusals(rewritten))
         mended = refused - {refusal.field for refusal in left} or refused  # all in part, where it only opens the way
-        steps.append(Step(lowering, tuple(sorted(mended)), problem, rewritten))
+        gain = lowering.gain_of(problem, limits)
+        steps.append(Step(lowering, tuple(sorted(mended)), problem, rewritten, gain))
         problem, refusals = rewritten, left
     return tuple(steps), problem
 

@@ -1,4 +1,4 @@
-"""Rewrites of causality and windows: what a band never reaches cut away, one alignment said as the other, chunks.
+"""Rewrites of causality and windows: what a band never reaches cut away, and one alignment said as the other.
 
 A band lets query i see the keys from place(i) - left to place(i) + right. Its place is i (``top_left``), or i + K - Q
 (``bottom_right``). Causality is the band (None, 0).
@@ -11,17 +11,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import torch
-from torch import Tensor
 from torch.nn.functional import pad
 
 from heedful.lowering.base import Before, Computed, Kernel, Lowering, Operands
-from heedful.masks import Mask, MaskFacts, replace_part
+from heedful.masks import MaskFacts, replace_part
 from heedful.problem import AttentionProblem
 from heedful.strategy import Limits
 from heedful.visibility import Window
-
-_CHUNK = 256  # queries; 128 to 512 are about alike (benchmarks/lowerings.py, two CPU cores)
 
 
 class AlignCausal(Lowering):
@@ -98,49 +94,6 @@ class TrimCausal(Lowering):
             return out, None if lse is None else pad(lse, rows, value=-math.inf)
 
         return trimmed
-
-
-class ChunkCausal(Lowering):
-    """Compute causal attention a chunk of queries at a time, each with the keys up to its own end only.
-
-    Kernels that compute all scores and then hide half of them save half of the work, and the memory of the rest.
-    """
-
-    name = "chunk_causal"
-
-    def improves(self, problem: AttentionProblem, limits: Limits) -> bool:
-        return super().improves(problem, limits) and problem.query_length >= 2 * _CHUNK
-
-    def rewrite(self, problem: AttentionProblem, limits: Limits) -> AttentionProblem | None:
-        mask = problem.mask
-        from_start = mask.causal == "top_left" or (mask.causal and problem.query_length == problem.key_length)
-        if mask.kinds != ("causal",) or not from_start or not limits.masks & {"dense", "bias"}:
-            return None
-        if problem.layout == "THD" or problem.compiling:
-            return None
-        return problem.replace(query_length=_CHUNK, mask=MaskFacts(dense="QK", rows_seen=True))
-
-    def around(self, old: AttentionProblem, new: AttentionProblem, run: Kernel) -> Kernel:  # noqa: ARG002
-        axis = -2 if old.layout == "BHSD" else -3
-
-        def chunked(x: Operands) -> Computed:
-            parts, length = [], x.query.shape[axis]
-            for start in range(0, length, _CHUNK):
-                rows = min(_CHUNK, length - start)
-                keys = min(start + rows, x.key.shape[axis])
-                places = torch.arange(start, start + rows, device=x.query.device)[:, None]
-                seen = torch.arange(keys, device=x.query.device) <= places
-                key, value = (t.narrow(axis, 0, keys) for t in (x.key, x.value))
-                parts.append(run(Operands(x.query.narrow(axis, start, rows), key, value, Mask(dense=seen))))
-            out = torch.cat([out for out, _ in parts], dim=axis)
-            return out, _joined([lse for _, lse in parts])
-
-        return chunked
-
-
-def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    every = [part for part in parts if part is not None]
-    return torch.cat(every, dim=-1) if every else None
 
 
 def band_of(mask: MaskFacts) -> tuple[float, float, str]:

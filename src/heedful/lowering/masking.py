@@ -52,10 +52,10 @@ class MaterialiseMask(Lowering):
         refused = {refusal.field for refusal in limits.refusals(problem)} & self.mends
         if refused == {"empty rows"} and ZeroEmptyRows().rewrite(problem, limits) is not None:
             return None
-        joined = MaskFacts(dense=_joined_axes(mask))
+        joined = MaskFacts(dense=joined_axes(mask))
         if as_bias:
             dtype = mask.bias_dtype if mask.bias is not None else problem.dtype
-            joined = MaskFacts(bias=_joined_axes(mask), bias_dtype=dtype, bias_needs_grad=mask.bias_needs_grad)
+            joined = MaskFacts(bias=joined_axes(mask), bias_dtype=dtype, bias_needs_grad=mask.bias_needs_grad)
         lowered = problem.replace(mask=joined)
         hidden = any(refusal.field == "empty rows" for refusal in limits.refusals(lowered))
         return problem.replace(mask=replace(joined, rows_seen=hidden and not problem.may_hide_rows))
@@ -147,7 +147,7 @@ class ZeroEmptyRows(Lowering):
         return zero
 
 
-def _joined_axes(mask: MaskFacts) -> str:
+def joined_axes(mask: MaskFacts) -> str:
     """Which of B, H, Q, K the joined tensor has; an upper bound where a part's own sizes are not known."""
     axes = set((mask.dense or "") + (mask.bias or ""))
     axes |= set("QK") if mask.causal or mask.window or mask.varlen else set()

@@ -13,7 +13,7 @@ from torch import Tensor
 from heedful.lowering.base import After, Before, Lowering, Operands
 from heedful.masks import replace_part
 from heedful.problem import AttentionProblem
-from heedful.strategy import Limits
+from heedful.strategy import HALF, Limits
 
 
 class CastAutocast(Lowering):
@@ -77,13 +77,20 @@ class FoldScale(Lowering):
 
 
 class Upcast(Lowering):
-    """Compute float16 in float32, and round the output: CPUs have no fast float16 arithmetic."""
+    """Compute 16-bit floats in float32, and round the output: CPUs without fast 16-bit arithmetic gain by it.
+
+    Which CPUs have it differs by dtype, so limits name ``upcast`` for float16, and ``upcast_bfloat16``.
+    """
 
     name = "upcast"
     mends = frozenset({"dtype"})
+    optional = True
+
+    def switch(self, problem: AttentionProblem) -> str:
+        return "upcast_bfloat16" if problem.dtype == torch.bfloat16 else self.name
 
     def rewrite(self, problem: AttentionProblem, limits: Limits) -> AttentionProblem | None:
-        if problem.dtype != torch.float16 or problem.device != "cpu" or torch.float32 not in limits.dtypes:
+        if problem.dtype not in HALF or problem.device != "cpu" or torch.float32 not in limits.dtypes:
             return None
         return problem.replace(dtype=torch.float32)
 

@@ -87,11 +87,13 @@ class TidyPacked(Lowering):
     """Take tokens out of a pack that belong to no sequence, and sequences without keys: kernels do not write them."""
 
     name = "tidy_pack"
-    mends = frozenset({"packing"})
+    mends = frozenset({"packing", "mask"})  # tidy, it can be split for kernels that know no packing
     drops_keys = True
 
-    def rewrite(self, problem: AttentionProblem, limits: Limits) -> AttentionProblem | None:  # noqa: ARG002
+    def rewrite(self, problem: AttentionProblem, limits: Limits) -> AttentionProblem | None:
         mask = problem.mask
+        if "varlen" not in limits.masks and "block_mask" in limits.faster_with:
+            return None  # blocks are skipped as they lie
         if mask.packing != "loose" or set(mask.kinds) - {"causal", "window", "varlen"} or problem.compiling:
             return None
         return problem.replace(mask=replace(mask, packing="tidy"))

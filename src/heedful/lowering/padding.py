@@ -32,11 +32,13 @@ class GatherKeys(Lowering):
     mends = frozenset({"mask"})
     gain = "leaves padded keys out"
     drops_keys = True
+    optional = True
 
     def improves(self, problem: AttentionProblem, limits: Limits) -> bool:
         mask, kept = problem.mask, problem.mask.kept or 0
-        pays = mask.query_padding or kept <= _MOST_EIGHTHS
-        if mask.side == "interior" and limits.faster_from:  # keys are copied, and each is read by too few queries
+        unmeasured = limits.faster_from == 0  # then it is wanted wherever it applies
+        pays = mask.query_padding or kept <= _MOST_EIGHTHS or unmeasured
+        if mask.side == "interior" and not unmeasured:  # keys are copied, and each is read by too few queries
             pays = pays and (8 - kept) * problem.query_length >= _QUERIES_A_COPY * kept
         return super().improves(problem, limits) and mask.kept is not None and pays
 

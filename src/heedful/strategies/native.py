@@ -36,6 +36,7 @@ class NativeAttentionStrategy(AttentionStrategy):
         replace(
             _EVERYWHERE,
             devices=("cpu",),
+            value_dim_may_differ=False,  # its flash kernel wants equal ones, and the other holds all scores
             empty_rows=frozenset({"output"}),
             faster_with=frozenset({"gather_keys", "upcast"}),  # see benchmarks/lowerings.py
             faster_from=1 << 14,

@@ -1,4 +1,4 @@
-"""Torch's unfused SDPA kernel: any device, any shape, O(Q*K) memory.
+"""Torch's unfused SDPA kernel: any device, any shape, O(Q*K) memory, so large problems come in chunks of queries.
 
 No LSE. The aten operator reads a bool mask as a bias of 0 and 1, so bool masks reach it as 0 and -inf.
 """
@@ -24,16 +24,17 @@ _EVERYWHERE = Limits(
     backward=True,
     deterministic_backward=True,
     compile=True,
+    scores_in_memory=True,
 )
 
 
 class NativeMathAttentionStrategy(AttentionStrategy):
-    """torch's unfused SDPA kernel: takes everything, with memory for all scores."""
+    """torch's unfused SDPA kernel: takes everything, and holds all scores."""
 
     name = "native_math"
     aliases = ("_native_math",)
     limits = (
-        replace(_EVERYWHERE, devices=("cpu",), faster_with=frozenset({"chunk_causal"})),  # benchmarks/lowerings.py
+        replace(_EVERYWHERE, devices=("cpu",), faster_with=frozenset({"chunk_queries"})),  # benchmarks/lowerings.py
         _EVERYWHERE,
     )
 
