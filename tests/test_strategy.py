@@ -111,7 +111,7 @@ EFFECTS = {
         "packing is loose, it takes sequences that cover all tokens and have keys",
     ),
 }
-NO_REFUSAL = {"faster_with", "faster_from"}  # what is taken beyond need: test_lowering is about it
+NO_REFUSAL = {"faster_with", "scores_in_memory", "faster_from"}  # what is taken beyond need: test_lowering is about it
 
 
 def test_every_limit_is_in_the_table():

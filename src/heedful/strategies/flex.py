@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from heedful.masks import Mask
 from heedful.strategy import FLOATS, HALF, AttentionStrategy, Limits
 
-_CPU = Limits(
+_COMMON = Limits(
     devices=("cpu",),
     dtypes=FLOATS,
     value_dim_may_differ=True,
@@ -36,7 +36,6 @@ _CPU = Limits(
     softcap=True,
     lse=True,
     options=frozenset({"kernel_options"}),
-    scores_in_memory=True,
 )
 
 
@@ -45,9 +44,9 @@ class FlexAttentionStrategy(AttentionStrategy):
 
     name = "flex"
     limits = (
-        _CPU,
+        replace(_COMMON, scores_in_memory=True),
         replace(
-            _CPU,
+            _COMMON,
             devices=("cuda", "xpu"),
             min_capability=(7, 5),
             architectures=("gfx",),
@@ -56,7 +55,6 @@ class FlexAttentionStrategy(AttentionStrategy):
             min_head_dim=16,
             backward=True,
             compile=True,
-            scores_in_memory=False,
             faster_with=frozenset({"block_mask"}),  # which it would make of the same mask at every call
         ),
     )
