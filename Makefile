@@ -46,7 +46,7 @@ lint: $(STAMP)
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
 
-BENCHMARKS := overhead routing import_time padding masks lowerings
+BENCHMARKS := overhead routing import_time padding masks lowerings guard regret
 
 bench: $(STAMP)  ## measure what calls, masks and rewrites cost, one benchmark after the other (ARGS="--quick" tries them)
 	@status=0; for name in $(BENCHMARKS); do $(PY) benchmarks/$$name.py $(ARGS) || status=1; done; exit $$status

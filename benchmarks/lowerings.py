@@ -11,7 +11,7 @@ A lowering pays where the ratio (with it over without it) is below 1. Measured a
 The library stays as it is: each side is a registry of its own, with a strategy whose limits name the lowering, or do
 not. Whether the plan then has the step is checked before anything is timed, as is the answer.
 
-    python benchmarks/lowerings.py [--rounds 9] [--quick] [--json] [--out FOLDER | --no-save] [--only gather_keys]
+    python benchmarks/lowerings.py [--rounds 3] [--quick] [--json] [--out FOLDER | --no-save] [--only gather_keys]
 
 Shapes: B batch, H heads, Q query length, K key length, D head dim.
 """
@@ -94,7 +94,7 @@ def alone(strategy: type[heedful.AttentionStrategy], **changes: Any) -> heedful.
     limits = replace(strategy().limits_for("cpu"), **{"faster_from": 0, **changes})
     factory = heedful.AttentionStrategyFactory(packages=(), plugins=False)
     factory.register_strategy(strategy.name, type(strategy.__name__, (strategy,), {"limits": limits}))
-    return heedful.AttentionDispatcher(factory, policy=heedful.Policy())
+    return heedful.AttentionDispatcher(factory, policy=heedful.Policy(guard="off"))
 
 
 def switched(strategy: type[heedful.AttentionStrategy], name: str, **changes: Any) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def chunked(lengths: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[Trial
 
 def dropped(shapes: tuple[Sizes, ...]) -> Iterator[Trial]:
     """A mask that hides nothing, in the two forms that models give."""
-    read, unread = (heedful.AttentionDispatcher(policy=heedful.Policy(analyse=on)) for on in (True, False))
+    read, unread = (heedful.AttentionDispatcher(policy=heedful.Policy(analyse=on, guard="off")) for on in (True, False))
     for sizes in shapes:
         batch, _, queries, keys, _ = sizes
         for setting, shape in {"(B, 1, 1, K)": (batch, 1, 1, keys), "(Q, K)": (queries, keys)}.items():
@@ -213,7 +213,7 @@ def table(lowering: str, rows: list[Row]) -> Table:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, save; the exit status is 1 where limits name a lowering that is not measured here."""
-    parser = options(__doc__, rounds=9)
+    parser = options(__doc__, rounds=3)
     parser.add_argument("--only", choices=list(TRIALS), help="this lowering alone; nothing is saved without --out")
     wanted = parsed(parser, arguments)
     wanted.no_save |= wanted.only is not None and wanted.out is None

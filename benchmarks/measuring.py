@@ -8,16 +8,12 @@ Shapes: B batch, H heads, Q query length, K key length, D head dim, E value dim;
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
 import sys
 import timeit
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +22,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from torch import Tensor
+
+from heedful.measuring import machine_record
+from heedful.measuring import ratio as ratio  # for the benchmarks
+from heedful.measuring import spoken as of_seconds
 
 Call = Callable[[], Any]
 Times = dict[str, list[float]]
@@ -59,15 +59,7 @@ class Figures(NamedTuple):
 
 def spoken(microseconds: float) -> str:
     """A time with its unit, in three digits."""
-    for unit, size in (("s", 1e6), ("ms", 1e3)):
-        if microseconds >= size:
-            return f"{microseconds / size:.3g} {unit}"
-    return f"{microseconds:.3g} us"
-
-
-def ratio(times: Times, over: str, under: str) -> float:
-    """How many times as long one way takes as another: the median of the rounds, each by itself."""
-    return statistics.median(one / other for one, other in zip(times[over], times[under], strict=True))
+    return of_seconds(microseconds / 1e6)
 
 
 def options(doc: str | None, rounds: int) -> argparse.ArgumentParser:
@@ -195,21 +187,7 @@ def check_ways(
 
 def machine(*packages: str) -> dict[str, Any]:
     """What the figures depend on; ``packages`` beside torch and heedful."""
-    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "cpu": names[0] if names else platform.processor(),
-        "cores": torch.multiprocessing.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", *packages, "heedful")},
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    return machine_record(packages=packages)
 
 
 def finish(name: str, record: dict[str, Any], tables: Iterable[Table], wanted: argparse.Namespace) -> None:

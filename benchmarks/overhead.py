@@ -12,7 +12,6 @@ Shapes: B batch, S length, H heads, D head dim; query, key and value are alike.
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 from contextlib import nullcontext
@@ -30,6 +29,7 @@ import heedful
 
 SHAPE_BSHD = (1, 8, 2, 16)
 TARGET = 0.65
+_NO_RATIO = 1e9  # diffusers' dispatcher came out faster than bare transposes in every round: noise
 WAYS = ("sdpa", "transposes", "diffusers", "heedful")  # "transposes": SDPA with them
 
 
@@ -52,7 +52,7 @@ class Row:
             setting,
             {way: one.median_us for way, one in figures.items()},
             {way: one.spread_us for way, one in figures.items()},
-            statistics.median(ratios) if ratios else math.inf,
+            statistics.median(ratios) if ratios else _NO_RATIO,
         )
 
 

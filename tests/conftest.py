@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,11 @@ import torch
 from torch import Tensor
 
 from heedful import AttentionDispatcher, AttentionStrategyFactory, Policy
+
+# Before the first call reads them: what is measured goes nowhere near the user's cache, nothing is tried on live calls,
+# and strategies of the tests that are wrong on purpose, to be told apart, may be. A ``Policy()`` has the guard on.
+os.environ["HEEDFUL_CACHE"] = tempfile.mkdtemp(prefix="heedful-tests-")
+os.environ["HEEDFUL_TUNE"] = os.environ["HEEDFUL_GUARD"] = "off"
 
 SOURCES = Path(__file__).parent.parent / "src"
 
@@ -69,7 +75,8 @@ def fresh_python() -> Callable[..., "subprocess.CompletedProcess[str]"]:
     """
 
     def run(script: str, *paths: Path, **environ: str) -> "subprocess.CompletedProcess[str]":
-        inherited = {name: text for name, text in os.environ.items() if not name.startswith("HEEDFUL_")}
+        kept = ("HEEDFUL_CACHE", "HEEDFUL_TUNE", "HEEDFUL_GUARD")  # as they are set above
+        inherited = {name: text for name, text in os.environ.items() if name in kept or not name.startswith("HEEDFUL_")}
         found = {"PYTHONPATH": os.pathsep.join(map(str, [*paths, SOURCES])), **environ}
         return subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env={**inherited, **found}

@@ -19,10 +19,10 @@ ROOT = Path(registry.__file__).parent
 LAYERS = (ROOT.parent.parent / "docs" / "architecture.md").read_text("utf-8").partition("\n## Layers")[2]
 ORDER = tuple(line.split()[0] for line in LAYERS.split("```")[1].splitlines() if line.strip())
 # Loaded by their commands only, and free to import what those need.
-COMMANDS = ("cli", "demo")
+COMMANDS = ("cli", "demo", "bench")
 MOST_LINES = 400
 # flex: two ways to run it, of which the CPU's goes once it compiles there; xformers: two operators behind one name.
-MOST_LINES_OF_A_STRATEGY = {"flex": 173, "xformers": 125}
+MOST_LINES_OF_A_STRATEGY = {"flex": 175, "xformers": 125}
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -120,10 +120,11 @@ def test_packages_other_than_torch_are_imported_by_functions(module):
         assert outside == set()
 
 
-def test_commands_load_the_demo_only_when_it_runs():
+@pytest.mark.parametrize("lazy", ["demo", "bench"])
+def test_commands_load_the_demo_and_the_bench_only_when_they_run(lazy):
     for module in MODULES:
-        if group(module) != "demo":
-            assert [name for name, level in imports(module) if group(name) == "demo" and level == "module"] == []
+        if group(module) != lazy:
+            assert [name for name, level in imports(module) if group(name) == lazy and level == "module"] == []
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -10,10 +10,12 @@ from heedful.errors import (
     CannotLoad,
     HeedfulError,
     InvalidArgument,
+    LockBroken,
     NothingCovered,
     Refused,
     RegistrationError,
     UnknownBackend,
+    WrongAnswer,
 )
 
 PROBLEM = AttentionProblem(batch=2, heads=4, kv_heads=4, query_length=77, key_length=1024, head_dim=72, value_dim=72)
@@ -27,6 +29,8 @@ EVERY = [
     RegistrationError("strategy 'x' is taken"),
     Refused(PROBLEM, REFUSALS),
     NothingCovered("no attention layer in Linear"),
+    WrongAnswer(PROBLEM, "flash", "the output is not finite in query 3"),
+    LockBroken("the lock run.lock was made elsewhere", ["  cpu: locked one, now another"]),
 ]
 TREE = {
     InvalidArgument: ValueError,
@@ -34,6 +38,8 @@ TREE = {
     RegistrationError: ValueError,
     Refused: RuntimeError,
     NothingCovered: RuntimeError,
+    WrongAnswer: RuntimeError,
+    LockBroken: RuntimeError,
     CannotLoad: ImportError,
 }
 

@@ -13,14 +13,15 @@ import heedful
 # What a plain `import heedful` must never load, beyond what torch itself has loaded.
 OPTIONAL = {
     "PIL", "aiter", "comfy", "diffusers", "filelock", "flash_attn", "flash_attn_interface", "huggingface_hub",
-    "hypothesis", "kernels", "numpy", "platformdirs", "pytest", "rich", "safetensors", "sageattention", "sageattn3",
-    "sklearn", "torch_npu", "torch_xla", "transformers", "triton", "typer", "xformers",
+    "hypothesis", "jinja2", "kernels", "numpy", "platformdirs", "pytest", "rich", "safetensors", "sageattention",
+    "sageattn3", "sklearn", "torch_npu", "torch_xla", "transformers", "triton", "typer", "xformers",
 }  # fmt: skip
 HEAVY = {"torch._dynamo", "torch._inductor", "torch.nn.attention.flex_attention", "torch._higher_order_ops"}
 
 SCRIPT = """
-import json, sys, time
+import json, os, sys, time
 import torch
+os.environ |= {"HEEDFUL_TUNE": "live", "HEEDFUL_GUARD": "replace"}
 before = set(sys.modules)
 start = time.perf_counter()
 import heedful
@@ -47,7 +48,7 @@ def within(names, modules):
 def test_importing_loads_nothing_optional_or_heavy(loaded):
     print(f"import heedful, after torch: {loaded['seconds'] * 1e3:.1f} ms, {len(loaded['imported'])} modules")
     assert within(loaded["imported"], OPTIONAL | HEAVY) == set()
-    assert within(loaded["called"], OPTIONAL | HEAVY) == set()
+    assert within(loaded["called"], (OPTIONAL | HEAVY) - {"platformdirs"}) == set()  # that knows where times are kept
 
 
 def test_importing_loads_heedfuls_own_modules_and_a_few_of_the_standard_library(loaded):

@@ -1,5 +1,8 @@
 """Wishes: the environment, the preference table, and the scope. Threads and tasks have their own tests."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from heedful import (
@@ -10,7 +13,7 @@ from heedful import (
     Policy,
     UnknownBackend,
 )
-from heedful.policy import PREFERENCES, as_wish, current_wish, scope
+from heedful.policy import PREFERENCES, USERS, as_wish, current_wish, folder_of, scope
 
 PROBLEM = AttentionProblem(batch=1, heads=1, kv_heads=1, query_length=2, key_length=2, head_dim=8, value_dim=8)
 
@@ -32,7 +35,8 @@ def test_the_environment_as_a_wish(text, wish):
 
 @pytest.mark.parametrize("environ", [{}, {"HEEDFUL_BACKEND": ""}, {"HEEDFUL_BACKEND": " "}, {"HEEDFUL_BACKEND": ",,"}])
 def test_an_environment_without_a_wish_is_auto(environ):
-    assert Policy.from_environment(environ) == Policy()
+    policy = Policy.from_environment(environ)
+    assert policy == Policy(tune="live", cache=USERS)
     assert (Policy().default, Policy().default_origin) == ("auto", "auto")
 
 
@@ -63,6 +67,66 @@ def test_what_the_environment_allows(environ, downloads, analyse, backend):
 
 def test_nothing_is_downloaded_by_default_and_masks_are_looked_at():
     assert (Policy().downloads, Policy().analyse) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("environ", "tune", "guard"),
+    [
+        ({}, "live", "replace"),
+        ({"HEEDFUL_TUNE": " "}, "live", "replace"),
+        ({"HEEDFUL_TUNE": " Ahead "}, "ahead", "replace"),
+        ({"HEEDFUL_TUNE": "off"}, "off", "replace"),
+        ({"HEEDFUL_TUNE": "0"}, "off", "replace"),
+        ({"HEEDFUL_TUNE": "No", "HEEDFUL_GUARD": "FALSE"}, "off", "off"),
+        ({"HEEDFUL_GUARD": "raise"}, "live", "raise"),
+        ({"HEEDFUL_GUARD": "off"}, "live", "off"),
+    ],
+)
+def test_what_auto_learns_and_what_the_guard_does(environ, tune, guard):
+    policy = Policy.from_environment(environ)
+    assert (policy.tune, policy.guard) == (tune, guard)
+
+
+@pytest.mark.parametrize(
+    ("variable", "word", "known"),
+    [("HEEDFUL_TUNE", "sometimes", "off, live, ahead"), ("HEEDFUL_GUARD", "1", "replace, raise, off")],
+)
+def test_another_word_in_the_environment_is_refused_naming_the_variable(variable, word, known):
+    with pytest.raises(InvalidArgument, match=f"{variable}: got '{word}'; give one of {known}"):
+        Policy.from_environment({variable: word})
+
+
+@pytest.mark.parametrize(("field", "word"), [("tune", "on"), ("tune", True), ("guard", "warn"), ("guard", None)])
+def test_another_word_in_a_policy_is_refused_naming_the_field(field, word):
+    with pytest.raises(InvalidArgument, match=f"{field}: got {word!r}; give one of"):
+        Policy(**{field: word})
+
+
+def test_a_policy_of_ones_own_learns_nothing_keeps_nothing_and_is_guarded():
+    policy = Policy()
+    assert (policy.tune, policy.guard, policy.cache, policy.bundles) == ("off", "replace", None, None)
+
+
+def test_folders_in_the_environment(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/else/where")
+    given = Policy.from_environment({"HEEDFUL_CACHE": " /some/where ", "HEEDFUL_BUNDLES": "reports"})
+    assert (folder_of(given.cache), given.bundles) == (Path("/some/where"), Path("reports"))
+    home = Policy.from_environment({"HEEDFUL_CACHE": "~/times", "HEEDFUL_BUNDLES": "~/reports"})
+    assert (folder_of(home.cache), home.bundles) == (Path("/home/somebody/times"), Path("/home/somebody/reports"))
+    users = Policy.from_environment({"HEEDFUL_CACHE": "", "HEEDFUL_BUNDLES": " "})
+    assert (users.cache, users.bundles) == (USERS, None)
+    assert "heedful" in folder_of(users.cache).parts
+    assert folder_of(users.cache) == Path("/else/where/heedful") or sys.platform != "linux"
+    assert folder_of(Policy().cache) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "watched"), [({}, True), ({"dropout_p": 0.1}, False), ({"compiling": True}, False)], ids=str
+)
+def test_what_the_guard_watches(changes, watched):
+    problem = PROBLEM.replace(**changes)
+    assert [Policy(guard=guard).watches(problem) for guard in ("replace", "raise", "off")] == [watched, watched, False]
 
 
 @pytest.mark.parametrize(("backend", "wish"), [("a", "a"), (["a", "b"], ("a", "b")), (("a",), ("a",))])

@@ -130,7 +130,7 @@ def test_a_problem_is_frozen_and_hashable():
 
 def test_an_unknown_dtype_is_named():
     data = {**AttentionProblem(**SIZES).to_dict(), "dtype": "float33"}
-    with pytest.raises(InvalidArgument, match=r"dtype: got 'float33'; give a torch dtype's name"):
+    with pytest.raises(InvalidArgument, match=r"dtype: got 'float33'; give the name of a floating dtype of torch"):
         AttentionProblem.from_dict(data)
 
 

@@ -34,7 +34,7 @@ def dispatcher() -> AttentionDispatcher:
     factory = AttentionStrategyFactory(packages=(), plugins=False)
     for number, name in enumerate(NAMES):
         factory.register_strategy(name, type(name, (Numbered,), {"number": float(number)}))
-    return AttentionDispatcher(factory, policy=Policy())
+    return AttentionDispatcher(factory, policy=Policy(guard="off"))  # numbers are no attention
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def test_a_wrong_name_leaves_the_scope_as_it_was(dispatcher: AttentionDispatcher
 
 
 def test_a_scope_goes_before_the_environment(dispatcher: AttentionDispatcher) -> None:
-    policy = Policy.from_environment({"HEEDFUL_BACKEND": "one"})
+    policy = Policy.from_environment({"HEEDFUL_BACKEND": "one", "HEEDFUL_GUARD": "off"})
     told = AttentionDispatcher(dispatcher.factory, policy=policy)
     assert ran(told) == "one"
     with told.attention_backend("two"):

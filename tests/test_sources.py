@@ -548,3 +548,28 @@ def test_a_missing_kernels_library_is_no_error(fresh_python):
     )
     ended = fresh_python(script)
     assert "a/b version 1 cannot be loaded: ModuleNotFoundError" in ended.stdout, ended.stderr
+
+
+# Versions, as locks, bug reports and fingerprints say them
+
+
+def test_each_source_says_its_name_and_version(tmp_path):
+    facts = having(present="2.8.3")
+    assert Package("present", ("f",)).named_version(facts) == "present 2.8.3"
+    assert Package("absent", ("f",), distribution="absent-one").named_version(facts) == "absent-one"
+    assert Hub("org/kernel", 3, ("f",)).named_version(facts) == "org/kernel version 3"
+    assert str(tmp_path) in Folder(str(tmp_path), ("f",)).named_version(facts)
+
+
+def test_a_strategys_version_is_that_of_its_first_source_that_is_there():
+    kind = strategy_of(Package("absent", ("f",)), Package("present", ("f",)), Package("other", ("f",)))
+    assert kind().version(having(present="1.2", other="3")) == "present 1.2"
+    assert kind().version(having(other="3")) == "other 3"
+    assert kind().version(having()) == ""
+    assert strategy_of()().version(having()) == "torch 2"
+
+
+def test_a_pinned_name_never_says_the_version_of_another_source():
+    kind = strategy_of(Package("present", ("f",)), Hub("org/kernel", 3, ("f",)))
+    pinned = type("Pinned", (kind,), {"pin": Pin("hub")})
+    assert pinned().version(having(present="1.2")) == ""

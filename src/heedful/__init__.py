@@ -6,23 +6,36 @@ out = heedful.attention(query, key, value, attn_mask=mask)
 print(heedful.explain(query, key, value, attn_mask=mask))
 """
 
-from heedful.dispatch import AttentionDispatcher, attention, attention_backend, explain, list_backends
+from heedful.dispatch import (
+    AttentionDispatcher,
+    attention,
+    attention_backend,
+    explain,
+    freeze,
+    list_backends,
+    lock,
+    thaw,
+    use_lock,
+)
 from heedful.errors import (
     HeedfulError,
     InvalidArgument,
+    LockBroken,
     NothingCovered,
     Refused,
     RegistrationError,
     UnknownBackend,
+    WrongAnswer,
 )
 from heedful.factory import AttentionStrategyFactory
 from heedful.facts import Facts
+from heedful.layer_report import AttentionReport, LayerReport
 from heedful.masks import Bias, Causal, Dense, KeyPadding, Mask, SlidingWindow, Varlen
-from heedful.models import attention_report, reset_attention_backend, set_attention_backend
+from heedful.models import attention_report, report, reset_attention_backend, set_attention_backend
 from heedful.policy import Policy, checkpoint_context
 from heedful.problem import AttentionProblem
 from heedful.refusal import Refusal
-from heedful.report import AttentionReport, LayerReport
+from heedful.run_report import RunReport
 from heedful.select import Plan
 from heedful.strategy import AttentionStrategy, Limits, Pin
 
@@ -42,6 +55,7 @@ __all__ = [
     "KeyPadding",
     "LayerReport",
     "Limits",
+    "LockBroken",
     "Mask",
     "NothingCovered",
     "Pin",
@@ -50,15 +64,22 @@ __all__ = [
     "Refusal",
     "Refused",
     "RegistrationError",
+    "RunReport",
     "SlidingWindow",
     "UnknownBackend",
     "Varlen",
+    "WrongAnswer",
     "attention",
     "attention_backend",
     "attention_report",
     "checkpoint_context",
     "explain",
+    "freeze",
     "list_backends",
+    "lock",
+    "report",
     "reset_attention_backend",
     "set_attention_backend",
+    "thaw",
+    "use_lock",
 ]

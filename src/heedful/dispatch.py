@@ -6,9 +6,13 @@ The first call of a kind validates, selects a plan and binds it to one function.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,19 +22,23 @@ from heedful import facts as machine
 from heedful import policy as wishes
 from heedful import tracing
 from heedful.analysis import MaskCache
-from heedful.binding import Run, bind
+from heedful.binding import Run
 from heedful.call import problem_of_call
 from heedful.errors import InvalidArgument
+from heedful.experience import Experience
 from heedful.factory import AttentionStrategyFactory
 from heedful.facts import Facts
+from heedful.learning import LiveRun
 from heedful.listing import BackendRow, BackendTable
+from heedful.locks import Lock, LockedPlan
 from heedful.masks import Mask
 from heedful.policy import Policy, Wish, as_wish, mirror
 from heedful.probing import ready
 from heedful.problem import AttentionProblem, problem_for_shapes
 from heedful.refusal import Refusal
+from heedful.running import Runs, own_refusal
 from heedful.select import Plan, candidates, judge, select
-from heedful.strategy import Answer, AttentionStrategy
+from heedful.strategy import Answer
 
 _log = logging.getLogger("heedful")
 
@@ -41,6 +49,12 @@ _deterministic = torch.are_deterministic_algorithms_enabled
 _any_autocast = torch._C._is_any_autocast_enabled  # 0.07 us; asking for one device costs 0.4
 _current_wish = wishes.current_wish
 
+# A call's arguments that are no tensors, and a mask's.
+_DEFAULTS: Mapping[str, Any] = {
+    "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False, "layout": "BHSD",
+    "causal_alignment": "top_left", "window": None, "softcap": None, "sinks": None, "max_error": None, "options": None,
+    "return_lse": False,
+}  # fmt: skip
 _MOST_KINDS = 4096  # of calls that are remembered; beyond it all are forgotten and planned anew
 
 
@@ -65,13 +79,40 @@ class AttentionDispatcher:
         self._look: Callable[..., Any] = self._first_look
         self.masks = MaskCache()
         self._told: set[str] = set()
+        self._experience: Experience | None = None
+        self._made: Runs | None = None
         self.traced = tracing.Traced(self)
-        self.factory.watch(self._forget)
+        self.factory.watch(self._registry_changed)
 
-    def _forget(self) -> None:
-        """Drop what was planned with another registry. A call under way stores into the old dictionary."""
+    def _registry_changed(self) -> None:
+        self.forget_plans()
+        if self._experience is not None:
+            self._experience.registry_changed(self.factory.strategies())
+
+    def forget_plans(self) -> None:
+        """Have every call planned anew, as another registry, lock or experience wants it.
+
+        A call under way stores into the old dictionary.
+        """
         self._runs, self._own_look = {}, set()
+        if self._made is not None:
+            self._made.own_look = self._own_look
         self.traced.forget()
+
+    @property
+    def experience(self) -> Experience:
+        """What was measured, stored and found wrong; empty before the first call."""
+        if self._experience is None:
+            self._experience = Experience(self.policy, self.facts, self.factory.strategies())
+        return self._experience
+
+    @property
+    def runs(self) -> Runs:
+        """What makes a plan into the function that calls go to."""
+        if self._made is None:
+            self._made = Runs(self.factory, self.experience, self)
+            self._made.own_look = self._own_look
+        return self._made
 
     @property
     def facts(self) -> Facts:
@@ -189,7 +230,7 @@ class AttentionDispatcher:
         route = mirror.route
         if route is None:
             return run(query, key, value, seen)
-        return route.aside(wish, run, query, key, value, seen)
+        return route.aside(run, query, key, value, seen)
 
     def simplest(self, attn_mask: Any, query: Tensor, key: Tensor, value: Tensor, layout: str, alone: bool) -> Any:
         """The simplest mask that means the same as ``attn_mask`` in such a call; itself where none is known.
@@ -262,7 +303,7 @@ class AttentionDispatcher:
         excluded: dict[str, tuple[Refusal, ...]] = {}
         while plan.chosen is not None:
             strategy = self.factory.create_strategy(plan.chosen.name)
-            refusal = _own_refusal(strategy, query=query, key=key, value=value, attn_mask=attn_mask, **call)
+            refusal = own_refusal(strategy, query=query, key=key, value=value, attn_mask=attn_mask, **call)
             if refusal is None:
                 break
             excluded[strategy.name] = (refusal,)
@@ -301,8 +342,14 @@ class AttentionDispatcher:
             for name in candidates(wish, problem, strategies, self.policy)
         }
         excluded = {name: (*lacks.get(name, ()), *excluded.get(name, ())) for name in {*lacks, *excluded}}
+        words = (wish,) if isinstance(wish, str) else wish
+        known = self.experience.known(problem, device, decides=wish == "auto")
+        if isinstance(wish, tuple) and "auto" in words:
+            first = select(problem, wish, strategies, self.policy, excluded=excluded, known=known)
+            if first.chosen is None or first.chosen.name not in words:
+                known = self.experience.known(problem, device)
         while True:
-            plan = select(problem, wish, strategies, self.policy, origin=origin, excluded=excluded)
+            plan = select(problem, wish, strategies, self.policy, origin=origin, excluded=excluded, known=known)
             if plan.chosen is None or device is None:
                 return plan
             name = plan.chosen.name
@@ -310,6 +357,64 @@ class AttentionDispatcher:
             if not found:
                 return plan
             excluded[plan.chosen.name] = (*excluded.get(plan.chosen.name, ()), *found)
+
+    def rivals(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *, backend: str = "auto", **call: Any
+    ) -> tuple[Plan, dict[str, Callable[[], Answer]]]:
+        """The plan for a call, its ``contenders`` being candidates that work, and these as functions of nothing.
+
+        They are neither watched nor counted: for measuring and judging them. Of a backend by name the candidates are
+        its chains of rewrites. Raises Refused.
+        """
+        words = {**_DEFAULTS, **call}
+        alone = not words["is_causal"] and words["window"] is None
+        seen = attn_mask if attn_mask is None else self._look(attn_mask, query, key, value, words["layout"], alone)
+        plan = self._planned(query, key, value, attn_mask, seen, backend, words, query.device).checked()
+        plan, bare = self.runs.bare(plan, words, query.device)
+        return plan, {label: functools.partial(run, query, key, value, seen) for label, run in bare.items()}
+
+    def freeze(self) -> None:
+        """Try nothing on live calls any more: from now on each call is computed by what is known to be fastest."""
+        self.experience.frozen = True
+        self.forget_plans()
+
+    def thaw(self) -> None:
+        """Learn from live calls again, where the policy says so."""
+        self.experience.frozen = False
+        self.forget_plans()
+
+    def lock(self, path: str | os.PathLike[str]) -> Lock:
+        """Write down the plans that auto used so far in this process, to be replayed by ``use_lock``.
+
+        Of several plans for one problem, which learning tried in turns, the one that would be used now. Compiled calls
+        are not in it. Raises OSError where the file cannot be written.
+        """
+        made = self._lock_of({tally.plan.problem for tally in self.experience.tallies.values() if tally.by_auto})
+        made.save(Path(path))
+        return made
+
+    def use_lock(self, path: str | os.PathLike[str] | None) -> LockInUse:
+        """Have auto do what a lock says, for every call of this process, until ``use_lock(None)``.
+
+        As a context manager, until the block ends. Under it nothing is learnt, a call that it has no plan for raises
+        LockBroken, and so does a wrong answer (``WrongAnswer``). Compiled calls are planned as without it.
+
+        Raises LockBroken where machine, versions or plans are not those that were locked, with every difference, and
+        InvalidArgument for a file that is no lock.
+        """
+        before, wanted = self.experience.lock, None
+        if path is not None:
+            wanted = Lock.load(Path(path))
+            self.experience.lock = wanted
+            try:
+                now = self._lock_of(wanted.plans)
+                wanted.check(now.machine, now.plans)
+            except BaseException:
+                self.experience.lock = before
+                raise
+        self.experience.lock = wanted
+        self.forget_plans()
+        return LockInUse(self, before)
 
     def list_backends(self, device: str | None = None) -> BackendTable:
         """Every strategy, and whether it takes a plain call, float16 on a GPU and float32 on a CPU, on this machine.
@@ -369,34 +474,39 @@ class AttentionDispatcher:
         )
         return resolved[0] if isinstance(wish, str) else resolved
 
-    def _bound(
-        self,
-        plan: Plan,
-        call: dict[str, Any],
-        device: torch.device,
-        excluded: Mapping[str, tuple[Refusal, ...]] | None = None,
-    ) -> Run:
-        """The function of a plan; for a strategy with its own validation, with the way on where that refuses."""
+    def _bound(self, plan: Plan, call: dict[str, Any], device: torch.device) -> Run:
+        """The function of a plan. Raises Refused."""
         plan.checked()
         self._tell(plan)
-        if plan.chosen is None:
-            return bind(plan, None, {})
-        strategy = self.factory.create_strategy(plan.chosen.name)
-        words = {name: call[name] for name in ("is_causal", "causal_alignment", "window")}
-        run = bind(plan, strategy, words)
-        if not strategy.has_own_validation():
-            return run
+        return self.runs.of(plan, call, device)
 
-        def ask_first(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> Answer:
-            refusal = _own_refusal(strategy, query=query, key=key, value=value, attn_mask=attn_mask, **call)
-            if refusal is None:
-                return run(query, key, value, attn_mask)
-            more = {**(excluded or {}), strategy.name: (refusal,)}
-            other = self._selected(plan.problem, plan.wish, plan.origin, more, device)
-            return self._bound(other, call, device, more)(query, key, value, attn_mask)
+    def again(self, plan: Plan, excluded: Mapping[str, tuple[Refusal, ...]], device: torch.device) -> Plan:
+        """The plan without some strategies, loaded and tried like any; what is passed over is told."""
+        other = self._selected(plan.problem, plan.wish, plan.origin, excluded, device)
+        self._tell(other)
+        return other
 
-        self._own_look.add(ask_first)
-        return ask_first
+    def _lock_of(self, problems: Iterable[AttentionProblem]) -> Lock:
+        """What auto would do with these problems now: under a lock in use what that says, where it can be done."""
+        plans = [self._selected(problem, "auto", "auto", {}, None) for problem in problems]
+        strategies = self.factory.strategies()
+        chosen = [
+            LockedPlan.of(plan, strategies[plan.chosen.name], strategies[plan.chosen.name].version(self.facts))
+            for plan in plans
+            if plan.chosen is not None
+        ]
+        machines = {place: self.experience.store(torch.device(place)).fingerprint for place in _places(chosen)}
+        return Lock.of({place: str(one) for place, one in machines.items()}, chosen)
+
+    def ready(self, name: str, device: torch.device) -> bool:
+        """Whether a strategy's kernels can be loaded here, without a download, and pass their trial."""
+        return not ready(self.factory.create_strategy(name), self.facts, device)
+
+    def drop(self, live: LiveRun) -> None:
+        """Have the kinds of calls that took part in a course planned anew: it is over."""
+        for kind, run in list(self._runs.items()):
+            if run is live:
+                self._runs.pop(kind, None)
 
     def _tell(self, plan: Plan) -> None:
         """Log once why a backend that was wished for first was passed over."""
@@ -407,16 +517,19 @@ class AttentionDispatcher:
                 _log.warning("heedful: %s", message)
 
 
-def _own_refusal(strategy: AttentionStrategy, *, attn_mask: Any, **call: Any) -> Refusal | None:
-    """What a strategy's own validation says against a call; None where it has none, or nothing against it."""
-    if not strategy.has_own_validation():
-        return None
-    given = {name: value for name, value in call.items() if value is not None}
-    try:
-        strategy.validate_constraints(attn_mask=attn_mask, **given)
-    except (ValueError, TypeError, RuntimeError) as error:
-        return Refusal("validate_constraints", str(error), "what it checks itself")
-    return None
+class LockInUse(AbstractContextManager["LockInUse"]):
+    """A lock that a dispatcher follows; leaving the block puts back what held before."""
+
+    def __init__(self, dispatcher: AttentionDispatcher, before: Lock | None) -> None:
+        self._dispatcher, self._before = dispatcher, before
+
+    def __exit__(self, *_error: object) -> None:
+        self._dispatcher.experience.lock = self._before
+        self._dispatcher.forget_plans()
+
+
+def _places(plans: Iterable[LockedPlan]) -> set[str]:
+    return {"cuda:0" if plan.problem.device == "cuda" else plan.problem.device for plan in plans}
 
 
 def _no_look(attn_mask: Any, *_call: Any) -> Any:
@@ -433,8 +546,12 @@ def _mask_key(attn_mask: Any) -> tuple[Any, ...]:
     raise TypeError
 
 
-_default = AttentionDispatcher()
-attention = _default.attention
-explain = _default.explain
-list_backends = _default.list_backends
-attention_backend = _default.attention_backend
+default_dispatcher = AttentionDispatcher()
+attention = default_dispatcher.attention
+explain = default_dispatcher.explain
+list_backends = default_dispatcher.list_backends
+attention_backend = default_dispatcher.attention_backend
+freeze = default_dispatcher.freeze
+thaw = default_dispatcher.thaw
+lock = default_dispatcher.lock
+use_lock = default_dispatcher.use_lock

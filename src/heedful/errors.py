@@ -6,6 +6,8 @@ HeedfulError
 ├── RegistrationError (also ValueError) a strategy cannot be registered under that name
 ├── Refused (also RuntimeError)         nothing that was asked for can compute this problem; carries the refusals
 ├── CannotLoad (also ImportError)       a backend's package is there and cannot be loaded; the text is the import's own
+├── WrongAnswer (also RuntimeError)     the guard found a named backend's answer wrong; carries problem and backend
+├── LockBroken (also RuntimeError)      a lock cannot be replayed here; the text holds every difference
 └── NothingCovered (also RuntimeError)  a model was to be configured and no attention layer was found
 """
 
@@ -68,6 +70,22 @@ class Refused(HeedfulError, RuntimeError):
         super().__init__("\n".join(lines))
         self.problem = problem
         self.refusals = refusals
+
+
+class WrongAnswer(HeedfulError, RuntimeError):
+    """A backend that was asked for by name, or by a lock, computed something else than attention."""
+
+    def __init__(self, problem: object, backend: str, fault: str) -> None:
+        remedy = "use another backend, or a list or 'auto' to have it replaced"
+        super().__init__(f"{backend} gave a wrong answer: {fault} ({problem}); {remedy}")
+        self.problem, self.backend, self.fault = problem, backend, fault
+
+
+class LockBroken(HeedfulError, RuntimeError):
+    """A lock does not hold for this machine, these versions, or this call."""
+
+    def __init__(self, what: str, differences: Iterable[str]) -> None:
+        super().__init__("\n".join([what, *differences]))
 
 
 class CannotLoad(HeedfulError, ImportError):

@@ -15,12 +15,15 @@ from typing import Any
 
 from torch import nn
 
+from heedful.dispatch import default_dispatcher
 from heedful.errors import InvalidArgument, NothingCovered
 from heedful.factory import AttentionStrategyFactory
+from heedful.layer_report import AttentionReport, LayerReport, wish_text
 from heedful.layers import Layer
 from heedful.policy import Wish, as_wish
-from heedful.report import AttentionReport, LayerReport, wish_text
-from heedful.routing import Order, Route, route_of
+from heedful.routing import Order, Route, ran_by_layer, route_of
+from heedful.run_report import RunReport, run_report
+from heedful.tally import joined_guard
 
 KEEP = "keep"
 OWN = "its own"
@@ -94,6 +97,14 @@ def attention_report(model_or_pipeline: Any) -> AttentionReport:
     for path, component, module, layer in _layers(model_or_pipeline):
         rows.append(_row(path, component, module, layer, route_of(module)))
     return AttentionReport(tuple(rows))
+
+
+def report() -> RunReport:
+    """What this process computed through ``heedful.attention`` so far, by layer where layers are routed.
+
+    Prints as a table: calls, share of the time, lowerings, and what the guard found. Compiled calls are not counted.
+    """
+    return run_report(list(default_dispatcher.experience.tallies.values()), ran_by_layer())
 
 
 def _wish(backend: Backend, origin: str) -> Wish | None:
@@ -190,17 +201,22 @@ def _is_shielded(order: Order, orders: list[Order]) -> bool:
 
 def _row(path: str, component: str, module: nn.Module, layer: Layer, route: Route | None) -> LayerReport:
     order = Order(path, component, None, "not set", layer.obstacle) if route is None else route.order
-    ran = dict(route.ran) if route is not None else {}
-    active = _active(order, ran)
+    tallies = dict(route.ran) if route is not None else {}
+    ran: Counter[str] = Counter()
+    for tally, calls in tallies.items():
+        ran["none" if tally is None else tally.plan.backend] += calls
     return LayerReport(
         path=path,
         component=component,
         module=type(module).__name__,
         requested=KEEP if order.wish is None else wish_text(order.wish),
-        active=active,
+        active=_active(order, ran),
         reason=_reason(order, route),
         covered=order.routed,
         ran=tuple(sorted(ran.items())),
+        lowerings=tuple(sorted({step for tally in tallies if tally is not None for step in tally.lowerings})),
+        seconds=sum(tally.time_of(calls) for tally, calls in tallies.items() if tally is not None),
+        guard=joined_guard([tally for tally in tallies if tally is not None]),
     )
 
 

@@ -15,18 +15,23 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, ParamSpec, TypeVar
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 from heedful.errors import InvalidArgument
+from heedful.problem import AttentionProblem
 from heedful.sources import downloads_allowed
 
 Wish = str | tuple[str, ...]
+Tune = Literal["off", "live", "ahead"]
+Guarding = Literal["replace", "raise", "off"]
+USERS = "user's"  # cache folder
 P = ParamSpec("P")
 R = TypeVar("R")
 VARIABLE = "HEEDFUL_BACKEND"
 _OFF = {"0", "false", "no", "off"}
 
-# The order in which auto asks, by device; measured timings will go before it. native is torch's own choice among its
+# The order in which auto asks, by device, where no timing is known. native is torch's own choice among its
 # kernels; native_flash serves what native cannot (the LSE); reference is right everywhere and slow.
 PREFERENCES: Mapping[str, tuple[str, ...]] = {
     "cpu": ("native", "native_flash", "native_math", "flex", "reference"),
@@ -40,7 +45,11 @@ class Policy:
     """What auto prefers by device, and the wish that holds where neither call nor scope has one.
 
     ``downloads``: whether kernels of the Hub may be downloaded and run. ``analyse``: whether the contents of mask
-    tensors are looked at, once a tensor.
+    tensors are looked at, once a tensor. ``tune``: what auto does with times: "live" measures on real calls, "ahead"
+    uses what was measured before, "off" does neither. ``guard``: what becomes of a wrong answer: "replace", "raise", or
+    "off", which does not look. ``cache``: the folder of measured times, USERS for the user's own; None keeps them in
+    memory. ``bundles``: the
+    folder that a wrong answer's tensors are written to; None writes nothing.
     """
 
     preferences: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: PREFERENCES)
@@ -48,18 +57,39 @@ class Policy:
     default_origin: str = "auto"
     downloads: bool = False
     analyse: bool = True
+    tune: Tune = "off"
+    guard: Guarding = "replace"
+    cache: Path | str | None = None
+    bundles: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, given, known in (("tune", self.tune, get_args(Tune)), ("guard", self.guard, get_args(Guarding))):
+            if given not in known:
+                raise InvalidArgument(name, repr(given), f"give one of {', '.join(known)}")
+
+    def watches(self, problem: AttentionProblem) -> bool:
+        """Whether the guard looks at answers of such calls: not at compiled ones, nor where numbers are drawn."""
+        return self.guard != "off" and not problem.compiling and not problem.dropout_p
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Policy:
         """The shipped table, and what the environment says.
 
         ``HEEDFUL_BACKEND``: a name, or several with commas for a fallback order. ``HEEDFUL_DOWNLOADS=1`` allows kernels
-        of the Hub, ``HEEDFUL_ANALYSE=0`` leaves mask tensors unread.
+        of the Hub, ``HEEDFUL_ANALYSE=0`` leaves mask tensors unread. ``HEEDFUL_TUNE``: live (the default), ahead or
+        off. ``HEEDFUL_GUARD``: replace (the default), raise or off. ``HEEDFUL_CACHE``: the folder of measured times,
+        else the user's cache folder. ``HEEDFUL_BUNDLES``: the folder of bug reports. Raises InvalidArgument.
         """
         environ = os.environ if environ is None else environ
         names = tuple(name.strip() for name in environ.get(VARIABLE, "").split(",") if name.strip())
+        bundles = environ.get("HEEDFUL_BUNDLES", "").strip()
         policy = cls(
-            downloads=downloads_allowed(environ), analyse=environ.get("HEEDFUL_ANALYSE", "").strip().lower() not in _OFF
+            downloads=downloads_allowed(environ),
+            analyse=environ.get("HEEDFUL_ANALYSE", "").strip().lower() not in _OFF,
+            tune=_mode(environ, "HEEDFUL_TUNE", "live"),  # type: ignore[arg-type]
+            guard=_mode(environ, "HEEDFUL_GUARD", "replace"),  # type: ignore[arg-type]
+            cache=environ.get("HEEDFUL_CACHE", "").strip() or USERS,
+            bundles=Path(bundles).expanduser() if bundles else None,
         )
         if not names:
             return policy
@@ -71,6 +101,25 @@ class Policy:
         table = [name for name in self.preferences.get(device, self.preferences["*"]) if name in known]
         last = [name for name in table if name == "reference"]
         return (*(name for name in table if name not in last), *sorted(known - set(table)), *last)
+
+
+def folder_of(cache: Path | str | None) -> Path | None:
+    """The folder that a policy's ``cache`` stands for; the user's is heedful's within the user's cache folder."""
+    if cache == USERS:
+        from platformdirs import user_cache_path
+
+        return user_cache_path("heedful", appauthor=False)
+    return None if cache is None else Path(cache).expanduser()
+
+
+def _mode(environ: Mapping[str, str], variable: str, default: str) -> str:
+    """One of a few words; "0", "no" and "false" are "off"."""
+    word = environ.get(variable, "").strip().lower()
+    known = {"HEEDFUL_TUNE": get_args(Tune), "HEEDFUL_GUARD": get_args(Guarding)}[variable]
+    word = "off" if word in _OFF else word or default
+    if word not in known:
+        raise InvalidArgument(variable, repr(word), f"give one of {', '.join(known)}")
+    return word
 
 
 def as_wish(backend: object) -> Wish:

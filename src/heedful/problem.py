@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -85,17 +85,20 @@ class AttentionProblem:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AttentionProblem:
-        """A problem out of the JSON data that ``to_dict`` gave."""
+        """A problem out of the JSON data that ``to_dict`` gave.
+
+        Raises InvalidArgument for a field of another type; LookupError, TypeError or ValueError for no such table.
+        """
         mask = dict(data["mask"])
         mask["bias_dtype"] = _dtype_named(mask["bias_dtype"])
         mask["window"] = tuple(mask["window"]) if mask["window"] else None
         changes = {
             "dtype": _dtype_named(data["dtype"]),
-            "mask": MaskFacts(**mask),
+            "mask": MaskFacts(**_checked(MaskFacts, mask)),
             "capability": tuple(data["capability"]) if data["capability"] else None,
-            "options": tuple(tuple(option) for option in data["options"]),
+            "options": _frozen(data["options"]),
         }
-        return cls(**{**data, **changes})
+        return cls(**_checked(cls, {**data, **changes}))
 
     def __str__(self) -> str:
         heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
@@ -106,6 +109,7 @@ class AttentionProblem:
             f"dropout {self.dropout_p}" if self.dropout_p else "",
             f"scale {self.scale:.4g}" if self.scale is not None else "",
             f"softcap {self.softcap}" if self.softcap else "",
+            f"max_error {self.max_error:g}" if self.max_error is not None else "",
             "sinks" if self.sinks else "",
             "with gradient" if self.needs_grad else "",
             "with LSE" if self.needs_lse else "",
@@ -272,12 +276,45 @@ def problem_for_shapes(
     )
 
 
+def _checked(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass, each of its type; raises InvalidArgument for another one. Numbers are not negative."""
+    hints = get_type_hints(kind)
+    for name, value in fields.items():
+        negative = type(value) is int and value < 0
+        if name not in hints or negative or not _fits(value, hints[name]):
+            wanted = getattr(hints.get(name), "__name__", None) or str(hints.get(name, "no such field"))
+            raise InvalidArgument(name, repr(value), f"give {wanted}")
+    return fields
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type as dataclasses of problems have them."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in parts
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        parts = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if parts:  # a union
+        return any(_fits(value, part) for part in parts)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return hint is Any or (type(value) is hint if hint in (int, bool, str) else isinstance(value, hint))
+
+
+def _frozen(value: Any) -> Any:
+    """JSON's lists as tuples, which can be hashed."""
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
 def _dtype_name(dtype: torch.dtype | None) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _dtype_named(name: str | None) -> torch.dtype | None:
     dtype = None if name is None else getattr(torch, name, None)
-    if name is not None and not isinstance(dtype, torch.dtype):
-        raise InvalidArgument("dtype", repr(name), "give a torch dtype's name, such as 'bfloat16'")
+    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InvalidArgument("dtype", repr(name), "give the name of a floating dtype of torch, such as 'bfloat16'")
     return dtype

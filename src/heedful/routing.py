@@ -15,21 +15,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from heedful.dispatch import attention, explain
-from heedful.factory import AttentionStrategyFactory
+from heedful.dispatch import attention
 from heedful.layers import Patch
 from heedful.policy import Wish, mirror, scope
-from heedful.report import wish_text
+from heedful.tally import Tally
 
 _compiling = torch.compiler.is_compiling
 _sdpa = torch.nn.functional.scaled_dot_product_attention
 _unflatten = Tensor.unflatten
-_registry = AttentionStrategyFactory.default()
 _MOST_KINDS = 4096
 _KEY = "_heedful_route"  # in the module's __dict__: a wrapper put over ``forward`` later would hide the route
 
@@ -66,17 +65,21 @@ class Route:
         self.enabled = False
         self.compiled = False
         self.forwards = 0
-        self.ran: dict[str, int] = {}
+        self.ran: dict[Tally | None, int] = {}  # None: an empty call, which needs no kernel
+        _routes.add(self)
         own = (*patches, Patch(module, "forward", self)) if order.routed or shielded else ()
         self.patches = (*own, Patch(module, _KEY, self))
 
     def __getstate__(self) -> dict[str, Any]:
-        """A pickled bound method is looked up by its name, which would find the route itself."""
+        """A pickled bound method is looked up by its name, and would find the route itself. Copies start at 0 calls."""
         own = isinstance(self.inner, MethodType) and self.inner.__func__ is type(self.module).forward
-        return {name: value for name, value in vars(self).items() if not (own and name == "inner")}
+        left = {"ran", *(["inner"] if own else [])}
+        return {name: value for name, value in vars(self).items() if name not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self.ran = {}
+        _routes.add(self)
         if "inner" not in state:
             self.inner = MethodType(type(self.module).forward, self.module)
 
@@ -140,28 +143,30 @@ class Route:
         enable_gqa: bool = False,
     ) -> Any:
         """SDPA, as the layer meant it, by the route's backend."""
-        mirror.route = None
-        try:
-            out = attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=self.wish
-            )  # fmt: skip
-            if not _compiling():
-                name = _ran(self.wish, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-                self.ran[name] = self.ran.get(name, 0) + 1
-        finally:
-            mirror.route = self
-        return out
+        return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=self.wish)
 
-    def aside(self, wish: Wish, run: Callable[..., Any], *operands: Any) -> Any:
-        """A call of ``heedful.attention`` by the layer itself: the backend's own SDPA calls are not the layer's."""
+    def aside(self, run: Callable[..., Any], *operands: Any) -> Any:
+        """A call within the layer, by its bound function: SDPA calls of the backend's own are not the layer's."""
         mirror.route = None
         try:
+            while (pick := getattr(run, "pick", None)) is not None:  # whose turn it is, or whom it passes the call to
+                run = pick(*operands)
             out = run(*operands)
         finally:
             mirror.route = self
-        name = wish if isinstance(wish, str) and wish != "auto" else f"{wish_text(wish)}?"
-        self.ran[name] = self.ran.get(name, 0) + 1
+        tally = getattr(run, "tally", None)
+        if tally not in self.ran and len(self.ran) >= _MOST_KINDS:
+            self._fold()
+        self.ran[tally] = self.ran.get(tally, 0) + 1
         return out
+
+    def _fold(self) -> None:
+        """Count calls where their tallies are counted, once there are so many that these have been folded."""
+        ran: dict[Tally | None, int] = {}
+        for tally, calls in self.ran.items():
+            home = None if tally is None else tally.home
+            ran[home] = ran.get(home, 0) + calls
+        self.ran = ran
 
 
 class _Redirect(TorchFunctionMode):
@@ -178,37 +183,20 @@ class _Redirect(TorchFunctionMode):
 
 
 _redirect = _Redirect()
-_names: dict[Any, str] = {}
+_routes: WeakSet[Route] = WeakSet()
+
+
+def ran_by_layer() -> dict[Tally, dict[str, int]]:
+    """Of every tally, how many of its calls were whose layer's, by path."""
+    found: dict[Tally, dict[str, int]] = {}
+    for route in list(_routes):
+        for tally, calls in route.ran.items():
+            if tally is not None:
+                layers = found.setdefault(tally.home, {})
+                layers[route.order.path] = layers.get(route.order.path, 0) + calls
+    return found
 
 
 def route_of(module: nn.Module) -> Route | None:
     """The route that a module has, if any."""
     return vars(module).get(_KEY)
-
-
-def _ran(wish: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *rest: Any) -> str:
-    """The backend that a call just made was computed by: asked of the dispatcher once for every kind of call.
-
-    A trailing "?" marks a strategy that checks every call itself and, not being forced, may have passed this one on.
-    """
-    mask = None if attn_mask is None else (attn_mask.dtype, attn_mask.shape, attn_mask.requires_grad)
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    kind = (
-        wish, _registry.epoch, query.shape, key.shape, value.shape, query.dtype, query.device, mask, rest, needs_grad,
-        torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(),
-        torch._C._is_any_autocast_enabled() and torch.get_autocast_dtype(query.device.type),
-    )  # fmt: skip
-    name = _names.get(kind)
-    if name is None:
-        dropout_p, is_causal, scale, enable_gqa = rest
-        plan = explain(
-            query, key, value, attn_mask,
-            dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, backend=wish,
-        )  # fmt: skip
-        name = plan.backend
-        own = plan.chosen is not None and _registry.create_strategy(name).has_own_validation()
-        name = f"{name}?" if own and plan.wish != name else name
-        if len(_names) >= _MOST_KINDS:
-            _names.clear()
-        _names[kind] = name
-    return name

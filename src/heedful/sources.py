@@ -64,6 +64,10 @@ class Package:
         with _as_cannot_load(self.module):
             return _named(importlib.import_module(self.module), self.names, self.optional, self.module)
 
+    def named_version(self, facts: Facts) -> str:
+        """Its name and version, as locks and bug reports say them."""
+        return f"{self} {facts.package(self.distribution, self.module) or ''}".strip()
+
     def __str__(self) -> str:
         return self.distribution or self.module
 
@@ -102,6 +106,10 @@ class Hub:
             module = get_kernel(self.repo, version=self.version, **trust)
             return _named(module, self.names, self.optional, self.repo)
 
+    def named_version(self, facts: Facts) -> str:  # noqa: ARG002
+        """See ``Package.named_version``."""
+        return str(self)
+
     def __str__(self) -> str:
         return f"{self.repo} version {self.version}"
 
@@ -129,6 +137,10 @@ class Folder:
             from kernels import get_local_kernel
 
             return _named(get_local_kernel(Path(self.path)), self.names, self.optional, self.path)
+
+    def named_version(self, facts: Facts) -> str:  # noqa: ARG002
+        """See ``Package.named_version``."""
+        return self.path
 
     def __str__(self) -> str:
         return self.path

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -51,7 +50,8 @@ class Limits:
     -inf). ``bias_in_query_dtype``: a bias must have the dtype of the query. ``max_batch``: the most batch rows in one
     call. ``loose_packs``: packed tokens of no sequence, and sequences without keys, are right, too. ``faster_with``:
     names of lowerings that are taken wherever they apply, because they were measured to pay here, from ``faster_from``
-    scores (B * H * Q * K) on. ``scores_in_memory``: the kernel holds all scores at once.
+    scores (B * H * Q * K) on. ``scores_in_memory``: the kernel holds all scores at once. ``contends``: it may be tried
+    for speed; not so where it is known to be far behind.
     """
 
     devices: tuple[str, ...] = ("*",)
@@ -85,6 +85,7 @@ class Limits:
     scores_in_memory: bool = False
     faster_with: frozenset[str] = frozenset()
     faster_from: int = 0
+    contends: bool = True
 
     def covers(self, device: str) -> bool:
         """Whether these limits speak about that type of device."""
@@ -213,6 +214,7 @@ class AttentionStrategy(ABC):
     sources: ClassVar[tuple[Source, ...]] = ()
     limits: ClassVar[Limits | tuple[Limits, ...]] = Limits()
     exactness: ClassVar[Exactness] = "exact"
+    relative_error: ClassVar[float] = 0.2  # sum|out - exact| / sum|exact| that an approximate one may make
     pin: Pin = Pin()
 
     @abstractmethod
@@ -253,6 +255,12 @@ class AttentionStrategy(ABC):
         """Whether its name says so: code comes from the network for no other. ``flash`` never is, ``flash_hub`` is."""
         return all(source.kind == "hub" for source in self.wanted_sources())
 
+    def version(self, facts: Facts | None = None) -> str:
+        """The version of the first of its sources' packages that is there; torch's for torch's own kernels."""
+        facts = machine.probe() if facts is None else facts
+        there = (source.named_version(facts) for source in self.wanted_sources() if source.lack(facts, False) is None)
+        return next(there, "") if self.sources else f"torch {facts.torch_version}"
+
     def load(self, facts: Facts, downloads: bool = False) -> None:
         """Import the kernels, once. Raises CannotLoad."""
         if "kernels" not in self.__dict__ and self.sources:
@@ -267,11 +275,7 @@ class AttentionStrategy(ABC):
 
     def refusals(self, problem: AttentionProblem) -> tuple[Refusal, ...]:
         """Why this strategy cannot compute the problem; empty when it can. Pure. Extend it for rules of your own."""
-        found = tuple(self.limits_for(problem.device).refusals(problem))
-        if problem.max_error is not None and problem.max_error < math.inf and self.exactness != "exact":
-            remedy = "use an exact backend, or leave it out"
-            found += (Refusal("max_error", f"{problem.max_error:g}", "none: its error has no known bound", remedy),)
-        return found
+        return tuple(self.limits_for(problem.device).refusals(problem))
 
     def validate_constraints(self, **kwargs: Any) -> None:
         """Raise Refused unless this strategy itself, without any rewriting, takes this call.

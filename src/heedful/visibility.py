@@ -43,6 +43,15 @@ def cut(tensor: Tensor, axis: int, rows: Rows) -> Tensor:
     return tensor[..., rows] if axis == -1 else tensor[..., rows, :]
 
 
+def rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
+    """The rows (…, R, K) of a mask's tensor; one that every query shares stays one, and so do expanded copies."""
+    if tensor.dim() < 2:
+        return tensor
+    for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        tensor = tensor.narrow(axis, 0, 1) if size > 1 and stride == 0 else tensor
+    return cut(tensor, -2, rows)
+
+
 def band(query: Tensor, key: Tensor, left: int | None, right: int | None, shift: int = 0) -> Tensor:
     """Bool (R, S), of their indices: key j is seen by query i where i + shift - left <= j <= i + shift + right."""
     return within(query[:, None] + shift, key[None, :], left, right)
@@ -77,7 +86,7 @@ def sees_none(place: Tensor, query_length: Tensor | int, key_length: Tensor | in
 
 def sequence_of(cu_seqlens: Tensor, places: Tensor) -> Tensor:
     """The packed sequence of the tokens at these places; N for tokens behind the last."""
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), places.to(cu_seqlens.dtype), right=True)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), places.to(cu_seqlens.dtype).contiguous(), right=True)
 
 
 def seen_by_blocks(

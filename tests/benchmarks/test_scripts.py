@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import subprocess
 import sys
+import time
 
 import pytest
 
 import heedful
+from heedful import dispatch
 from heedful.dispatch import AttentionDispatcher
 from heedful.lowering import GatherKeys
+from heedful.tune import ahead
 
-SCRIPTS = ("overhead", "routing", "import_time", "padding", "masks", "lowerings")
+SCRIPTS = ("overhead", "routing", "import_time", "padding", "masks", "lowerings", "guard")
+SLOW = ("regret",)  # it waits between its windows; it runs below, where waiting takes no time
 
 
 def test_all_benchmarks_are_known_here_and_to_make(benchmark_folder):
     there = {path.stem for path in benchmark_folder.glob("*.py")} - {"measuring"}
-    assert there == set(SCRIPTS)
+    assert there == {*SCRIPTS, *SLOW}
     makefile = (benchmark_folder.parent / "Makefile").read_text("utf-8")
-    assert f"BENCHMARKS := {' '.join(SCRIPTS)}\n" in makefile
+    assert f"BENCHMARKS := {' '.join((*SCRIPTS, *SLOW))}\n" in makefile
 
 
 # One process for all: importing torch and diffusers takes longer than the benchmarks.
@@ -122,3 +128,55 @@ def test_a_declared_lowering_that_is_not_measured_fails_the_run(benchmark_module
     printed = capsys.readouterr()
     assert json.loads(printed.out)["not_measured"] == ["unheard_of"]
     assert "unheard_of" in printed.err
+
+
+# Regret
+
+
+@pytest.fixture
+def regret(benchmark_module, monkeypatch):
+    """The benchmark, with a dispatcher that learns, and a pause between windows that takes no time."""
+    module = benchmark_module("regret")
+    real, passed = time.time, [0.0]
+    monkeypatch.setattr(ahead.time, "time", lambda: real() + passed[0])
+
+    def wait(seconds):
+        passed[0] += seconds
+
+    learning = AttentionDispatcher(policy=heedful.Policy(tune="ahead"))
+    monkeypatch.setattr(module, "tune", functools.partial(ahead.tune, wait=wait))
+    monkeypatch.setattr(module, "_dispatcher", lambda: learning)
+    monkeypatch.setattr(dispatch, "default_dispatcher", learning)
+    monkeypatch.setattr(heedful, "attention", learning.attention)
+    monkeypatch.setattr(heedful, "explain", learning.explain)
+    monkeypatch.setattr(module, "QUICK", ("clip-l-text",))
+    return module
+
+
+def test_regret_is_printed_and_saved_for_every_mask_and_dtype(regret, tmp_path, capsys):
+    assert regret.main(["--quick", "--rounds", "2", "--json", "--out", str(tmp_path)]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record == json.loads((tmp_path / "regret.json").read_text())
+    calls = record["calls"]
+    assert {(one["mask"], one["dtype"]) for one in calls} == {
+        (mask, str(dtype).removeprefix("torch.")) for mask in regret.MASKS for dtype in regret.DTYPES
+    }
+    assert record["summary"]["calls"] == len(calls) == 12
+    for one in calls:
+        first, second = one["seconds"]
+        assert {"torch", "auto", one["best"]} <= first.keys()
+        assert second.keys() <= first.keys() - {"torch"}
+        assert "auto" in second
+        assert one["chosen"]
+        assert min(*first.values(), *second.values()) > 0
+        assert one["regret_bound"] <= one["regret"]
+    assert all(math.isfinite(record["summary"][name]) for name in ("mean_regret", "p95_regret", "won", "plain"))
+
+
+def test_a_wrong_answer_ends_regret_before_any_time(regret, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(heedful, "attention", wrong(heedful.attention))
+    monkeypatch.setattr(regret, "DTYPES", regret.DTYPES[:1])
+    with pytest.raises(sys.modules["measuring"].WrongAnswer):
+        regret.main(["--quick", "--rounds", "2", "--out", str(tmp_path)])
+    assert capsys.readouterr().out == ""
+    assert not list(tmp_path.iterdir())

@@ -566,7 +566,7 @@ class Hasty(Fake):
 
     def compute_attention(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Any:
         if not torch.are_deterministic_algorithms_enabled() and query.dtype == torch.float32:
-            query, key, value = (tensor * (1 + 1e-7 * torch.rand(()).item()) for tensor in (query, key, value))
+            query, key, value = (tensor * (1 + 4e-7 * torch.rand(()).item()) for tensor in (query, key, value))
         return super().compute_attention(query, key, value, **kwargs)
 
 
@@ -574,6 +574,7 @@ class Rough(Fake):
     """Rounds its input to a few bits."""
 
     exactness = "quantised"
+    relative_error = 0.5
     limits = replace(ReferenceAttentionStrategy.limits, backward=False)
 
     def compute_attention(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Any:

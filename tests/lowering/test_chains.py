@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from heedful import Bias, Causal, Dense, KeyPadding, Limits, SlidingWindow, Varlen, lowering
 from heedful.analysis import analyse
 from heedful.call import mask_of_call, problem_of_call
-from heedful.lowering import LOWERINGS, Lowering, Operands, chunking, lower
+from heedful.lowering import LOWERINGS, OPTIONAL, Lowering, Operands, chains, chunking, lower
 from heedful.lowering.numbers import cast_bias
 from heedful.masks import replace_part
 from heedful.strategy import ALL_MASKS, static_arguments
@@ -362,3 +362,70 @@ def test_replacing_a_part_keeps_the_others():
     padding = KeyPadding(keep(2, 7))
     replaced = replace_part(padding & Causal(), causal="bottom_right")
     assert (replaced.causal, replaced.padding) == ("bottom_right", padding.padding)
+
+
+# Candidates: the usual chain, and those with one optional rewrite more or less
+
+NATIVE = Limits(
+    masks=frozenset({"causal", "dense", "bias"}), scale=True, empty_rows=frozenset({"output"}), lse=True,
+    faster_with=frozenset({"gather_keys", "upcast", "chunk_queries"}), faster_from=1 << 20,
+)  # fmt: skip
+
+
+def optional(chain):
+    return frozenset(step.name for step in chain[0]) & OPTIONAL
+
+
+def problem_of(length=2048, dtype=torch.float32, kept=None, **words):
+    seen = None if kept is None else analyse(KeyPadding((torch.arange(length) < kept).expand(1, -1)))
+    query = torch.empty(1, 4, length, 16, dtype=dtype)
+    return problem_of_call(query, query, query, seen, **words)
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ({}, [""]),
+        ({"dtype": torch.float16}, ["upcast", ""]),
+        ({"dtype": torch.bfloat16}, ["", "upcast"]),  # its word is ``upcast_bfloat16``
+        ({"is_causal": True}, ["chunk_queries", ""]),
+        ({"kept": 300}, ["gather_keys", ""]),
+        (
+            {"dtype": torch.float16, "is_causal": True},
+            ["chunk_queries+upcast", "upcast", "chunk_queries"],
+        ),
+        ({"length": 128, "dtype": torch.float16}, ["", "upcast"]),  # below ``faster_from``
+    ],
+    ids=str,
+)
+def test_the_usual_chain_comes_first_then_one_rewrite_more_or_less(words, names):
+    problem = problem_of(**words)
+    made = chains(problem, NATIVE)
+    assert made[0] == lower(problem, NATIVE)
+    assert ["+".join(sorted(optional(chain))) for chain in made] == names
+
+
+@pytest.mark.parametrize("limits", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize(
+    "words",
+    [{}, {"dtype": torch.float16, "is_causal": True}, {"dtype": torch.bfloat16, "window": (64, 0)}, {"kept": 300}],
+    ids=str,
+)
+def test_chains_differ_in_their_optional_rewrites_by_one_and_refuse_no_more_than_the_usual_one(limits, words):
+    problem = problem_of(**words)
+    usual, *others = chains(problem, limits)
+    assert usual == lower(problem, limits)
+    assert len({optional(chain) for chain in (usual, *others)}) == 1 + len(others)
+    for chain in others:
+        differ = optional(chain) ^ optional(usual)
+        assert len(differ - {"chunk_queries"}) <= 1 <= len(differ)  # which bounds memory, after the other, too
+        assert {refusal.field for refusal in limits.refusals(chain[1])} <= {
+            refusal.field for refusal in limits.refusals(usual[1])
+        }
+    assert chains(problem, limits) == (usual, *others)
+
+
+def test_a_rewrite_that_mends_a_refusal_is_in_every_chain():
+    """Optional is what no refusal asks for: a kernel without float16 is given float32 in each of them."""
+    only_float = replace(NATIVE, dtypes=(torch.float32,), faster_with=frozenset())
+    assert [optional(chain) for chain in chains(problem_of(dtype=torch.float16), only_float)] == [{"upcast"}]

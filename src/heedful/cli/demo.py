@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import heedful
+from heedful.cli.pipelines import load_pipeline
 
 if TYPE_CHECKING:
     import numpy as np
@@ -137,23 +138,10 @@ def _digits(each: int, steps: int, seed: int, device: str) -> _Show:
 
 def _users_model(model: str, prompts: list[str], revision: str | None, steps: int, seed: int, device: str) -> _Show:
     import numpy as np
-    from diffusers import DiffusionPipeline
 
     if not prompts:
         raise typer.BadParameter("--model needs at least one --prompt")
-    dtype = torch.float32 if device == "cpu" else torch.float16
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            model, revision=revision, local_files_only=revision is None, use_safetensors=True, **{_dtype_word(): dtype}
-        ).to(device)
-    except (OSError, ValueError) as error:  # the latter for what cannot be a Hub id
-        remedy = (
-            ""
-            if revision
-            else f"; a model that is not cached is downloaded only when pinned: --revision COMMIT ({model})"
-        )
-        raise typer.BadParameter(f"--model: {error}{remedy}") from error
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(model, revision, device)
 
     def draw(tick: Callable[[], None]) -> np.ndarray:
         def after_step(_pipeline: Any, _step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -171,13 +159,6 @@ def _users_model(model: str, prompts: list[str], revision: str | None, steps: in
         return np.asarray(answer.images)
 
     return _Show(pipeline, draw, "native_math", columns=len(prompts), scale=1, figures=lambda _pictures: {})
-
-
-def _dtype_word() -> str:
-    """diffusers renamed ``torch_dtype`` and warns of the old name; retired with the last version that lacks the new."""
-    from diffusers.utils import deprecation_utils
-
-    return "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
 
 
 def _progress() -> Progress:

@@ -29,24 +29,33 @@ from heedful.cli.problems import (
 from heedful.cli.tables import table
 from heedful.dispatch import AttentionDispatcher
 from heedful.errors import UnknownBackend
+from heedful.layer_report import wish_text
+from heedful.measuring import spoken
 from heedful.problem import problem_for_shapes
-from heedful.report import wish_text
 from heedful.select import Plan, Verdict
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One backend's verdict; ``answer`` is runs, yes, by name (it was not asked, and would take it), or no."""
+    """One candidate's verdict; ``answer`` is runs, yes, by name (it was not asked, and would take it), or no.
 
+    ``name``: the strategy's, or the candidate's label where it differs from another row in its rewrites. ``seconds`` a
+    call, where they were measured.
+    """
+
+    name: str
     verdict: Verdict
     answer: str
     exactness: str
+    seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         steps = [{"name": step.name, "mends": list(step.mended), "why": step.why} for step in self.verdict.steps]
         refusals = [{**asdict(refusal), "text": str(refusal)} for refusal in self.verdict.refusals]
         return {
             "name": self.verdict.name,
+            "candidate": self.verdict.label,
+            "seconds": self.seconds,
             "answer": self.answer,
             "exactness": self.exactness,
             "accepts": self.verdict.accepts,
@@ -73,6 +82,9 @@ def explain(
     ] = None,
     scale: Annotated[float | None, typer.Option(help="Factor of the scores; 1/sqrt(D) by default.")] = None,
     softcap: Annotated[float | None, typer.Option(help="Soft cap of the scores.")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Relative error that is allowed: approximate backends count for auto.")
+    ] = None,
     dropout: Annotated[float, typer.Option(help="Probability of dropping a weight.")] = 0.0,
     grad: Annotated[bool, typer.Option("--grad", help="With a gradient.")] = False,
     lse: Annotated[bool, typer.Option("--lse", help="With the log-sum-exp.")] = False,
@@ -111,7 +123,7 @@ def explain(
             scale=scale,
             enable_gqa=shapes.enable_gqa,
             softcap=softcap,
-            max_error=None,
+            max_error=max_error,
             options=None,
             return_lse=lse,
         )
@@ -163,10 +175,12 @@ def _rows(plan: Plan, dispatcher: AttentionDispatcher) -> list[_Row]:
     rest = [name for name in strategies if name not in wanted]
     others = dispatcher.plan(plan.problem, rest).verdicts if rest else ()
     rows = []
-    for verdict in (*plan.verdicts, *others):
+    for verdict in (*plan.rows, *others):
         answer = "yes" if verdict.name in wanted else "by name"
         answer = "runs" if verdict is plan.chosen else answer if verdict.accepts else "no"
-        rows.append(_Row(verdict, answer, strategies[verdict.name].exactness))
+        rows.append(
+            _Row(plan.name_of(verdict), verdict, answer, strategies[verdict.name].exactness, plan.seconds_of(verdict))
+        )
     return rows
 
 
@@ -185,6 +199,7 @@ def _print(plan: Plan, rows: list[_Row], place: Machine) -> None:
         ("machine", str(place)),
         ("wish", f"{wish_text(plan.wish)} (from {plan.origin})"),
         ("refused" if plan.refused else "runs", decision),
+        ("won", plan.won),
         ("note", plan.note),
         ("others", "" if auto else f"{', '.join(others) or 'none'} would take it"),
     ):
@@ -193,8 +208,11 @@ def _print(plan: Plan, rows: list[_Row], place: Machine) -> None:
     console.print(facts)
     console.print()
     shown = rows if auto else [row for row in rows if row.verdict.name in asked]
-    columns = ("backend", "takes it", "after what, or why not")
-    cells = [(row.verdict.name, row.answer, _how(row, wholly=not auto)) for row in shown]
+    columns = ["backend", "takes it", "a call", "after what, or why not"]
+    times = ["" if row.seconds is None else spoken(row.seconds) for row in shown]
+    cells = [[row.name, row.answer, time, _how(row, wholly=not auto)] for row, time in zip(shown, times, strict=True)]
+    if not any(times):
+        columns, cells = columns[:2] + columns[3:], [cell[:2] + cell[3:] for cell in cells]
     styles = [{"runs": "bold green", "no": "dim"}.get(row.answer, "") for row in shown]
     console.print(table(columns, cells, console.width, wraps=True, styles=styles))
 
@@ -220,6 +238,7 @@ def _data(plan: Plan, rows: list[_Row], place: Machine) -> dict[str, Any]:
         "rung": plan.rung,
         "refused": plan.refused,
         "note": plan.note,
+        "won": plan.won,
         "backends": [row.to_dict() for row in rows],
     }
 

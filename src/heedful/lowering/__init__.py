@@ -5,6 +5,8 @@ only where it mends a refusal or is known to pay, so a chain is never longer tha
 strategy alike, under forced names too.
 """
 
+from dataclasses import replace
+
 from heedful.lowering.base import Computed, Kernel, Lowering, Operands, Step, lower_by
 from heedful.lowering.blocks import BlockOfMask
 from heedful.lowering.causality import AlignCausal, TrimCausal
@@ -49,18 +51,41 @@ LOWERINGS: tuple[Lowering, ...] = (
 )
 
 
-def lower(problem: AttentionProblem, limits: Limits) -> tuple[tuple[Step, ...], AttentionProblem]:
+OPTIONAL = frozenset(lowering.name for lowering in LOWERINGS if lowering.optional)
+Chain = tuple[tuple[Step, ...], AttentionProblem]
+
+
+def lower(problem: AttentionProblem, limits: Limits) -> Chain:
     """The chain of rewrites that brings a problem within these limits, and the problem it ends in."""
     return lower_by(LOWERINGS, problem, limits)
 
 
+def chains(problem: AttentionProblem, limits: Limits) -> tuple[Chain, ...]:
+    """The usual chain, then those that have one optional rewrite more, or less: candidates for the fastest."""
+    usual = lower(problem, limits)
+    taken = _optional(usual)
+    made = {taken: usual}
+    words = {lowering.name: lowering.switch(problem) for lowering in LOWERINGS if lowering.optional}
+    for name in sorted(OPTIONAL):
+        wanted = limits.faster_with - OPTIONAL - {*words.values()} | {words[one] for one in taken ^ {name}}
+        other = lower(problem, replace(limits, faster_with=wanted, faster_from=0))
+        made.setdefault(_optional(other), other)
+    return tuple(made.values())
+
+
+def _optional(chain: Chain) -> frozenset[str]:
+    return frozenset(step.name for step in chain[0]) & OPTIONAL
+
+
 __all__ = [
     "LOWERINGS",
+    "OPTIONAL",
     "AlignCausal",
     "BlockOfMask",
     "BroadcastLeading",
     "CastAutocast",
     "CastBias",
+    "Chain",
     "ChangeLayout",
     "ChunkQueries",
     "Computed",
@@ -81,6 +106,7 @@ __all__ = [
     "TrimCausal",
     "Upcast",
     "ZeroEmptyRows",
+    "chains",
     "leading_shape",
     "lower",
 ]

@@ -83,8 +83,8 @@ class Upcast(Lowering):
     """
 
     name = "upcast"
-    mends = frozenset({"dtype"})
     optional = True
+    mends = frozenset({"dtype"})
 
     def switch(self, problem: AttentionProblem) -> str:
         return "upcast_bfloat16" if problem.dtype == torch.bfloat16 else self.name

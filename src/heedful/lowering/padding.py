@@ -29,6 +29,7 @@ class GatherKeys(Lowering):
     """Give the kernel only the keys that are kept, the batch rows that keep equally many together."""
 
     name = "gather_keys"
+    optional = True
     mends = frozenset({"mask"})
     gain = "leaves padded keys out"
     drops_keys = True

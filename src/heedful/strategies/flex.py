@@ -36,6 +36,7 @@ _COMMON = Limits(
     softcap=True,
     lse=True,
     options=frozenset({"kernel_options"}),
+    contends=False,  # uncompiled
 )
 
 
@@ -55,6 +56,7 @@ class FlexAttentionStrategy(AttentionStrategy):
             min_head_dim=16,
             backward=True,
             compile=True,
+            contends=True,
             faster_with=frozenset({"block_mask"}),  # which it would make of the same mask at every call
         ),
     )

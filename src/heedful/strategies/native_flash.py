@@ -28,6 +28,7 @@ class NativeFlashAttentionStrategy(AttentionStrategy):
             backward=True,
             deterministic_backward=True,
             compile=True,
+            contends=False,  # it is the kernel that native picks
         ),
         Limits(
             devices=("cuda",),

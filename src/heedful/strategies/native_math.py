@@ -34,7 +34,12 @@ class NativeMathAttentionStrategy(AttentionStrategy):
     name = "native_math"
     aliases = ("_native_math",)
     limits = (
-        replace(_EVERYWHERE, devices=("cpu",), faster_with=frozenset({"chunk_queries"})),  # benchmarks/lowerings.py
+        replace(
+            _EVERYWHERE,
+            devices=("cpu",),
+            faster_with=frozenset({"chunk_queries"}),  # benchmarks/lowerings.py
+            contends=False,  # 1.1 to 5 times as slow as native in six named cases, every mask and dtype (two cores)
+        ),
         _EVERYWHERE,
     )
 

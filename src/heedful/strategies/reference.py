@@ -45,6 +45,7 @@ class ReferenceAttentionStrategy(AttentionStrategy):
         backward=True,
         deterministic_backward=True,
         compile=True,
+        contends=False,
     )
 
     def compute_attention(

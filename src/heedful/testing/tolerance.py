@@ -1,8 +1,5 @@
-"""How far from the fp64 answer a kernel may be: flash-attn's rule, and a coarser one for approximate kernels.
-
-max|out - ref| <= 2 max|naive - ref| + 2 max|ref + 0.3 - 0.3 - ref|, where naive is the formula in the dtype of the
-call (factor 3 with a soft cap), as in flash-attn's tests (tests/test_flash_attn.py). Gradients follow the same rule.
-To it comes a floor of a few units in the last place, because on few keys the naive formula is exact by luck.
+"""How far from the fp64 answer a kernel may be: the rule of ``heedful.tolerance``, and a coarser one for approximate
+kernels.
 """
 
 from __future__ import annotations
@@ -13,9 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Units in the last place of the largest value. 16-bit kernels sum in float32 and round once; 32- and 64-bit ones sum
-# in another order than the naive formula, and its luck is not theirs.
-_FLOOR = {torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 8.0, torch.float64: 8.0}
+from heedful.tolerance import allowed, largest
 
 
 class ContractBroken(AssertionError):
@@ -33,28 +28,6 @@ class Tolerance:
     cosine: float = 0.99
     relative: float = 0.1
     lse: float = 0.1
-
-
-def allowed(want: Tensor, naive: Tensor, dtype: torch.dtype, factor: float = 2.0, terms: int = 1) -> float:
-    """The largest error that the rule lets pass. ``want`` is float64; ``naive`` is the formula computed in ``dtype``.
-
-    ``terms``: how many numbers were summed into each one; they may cancel, and their roundings add up as a random walk.
-
-    A float64 kernel has no wider judge: ``naive`` is float32 then, and its error is scaled to float64's precision.
-    """
-    if want.numel() == 0:
-        return 0.0
-    rounded = want.to(dtype)
-    unit = torch.finfo(dtype).eps
-    rounding = largest((rounded + 0.3 - 0.3 - rounded).double())
-    luck = largest(naive.double() - want) * unit / torch.finfo(naive.dtype).eps
-    floor = _FLOOR[dtype] * unit * max(1.0, largest(want)) * math.sqrt(terms)
-    return factor * luck + 2.0 * rounding + floor
-
-
-def largest(tensor: Tensor) -> float:
-    """max|tensor|; NaN where there is one, 0 where there is nothing."""
-    return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
 def check_close(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from heedful.policy import Wish
+from heedful.run_report import THE_MODEL, stars
 
 
 @dataclass(frozen=True)
@@ -15,9 +16,9 @@ class LayerReport:
     """One attention layer.
 
     ``active``: the backends that computed its calls; before the first, those it will choose from; "its own" where it
-    does not go to heedful. ``reason``: who ordered it, or why it is not so. ``ran``: calls by backend; a
-    name with "?" is not certain: a backend that checks every call itself and may have passed some on to the next wanted
-    one, or the wish of a layer that calls ``heedful.attention`` itself.
+    does not go to heedful. ``reason``: who ordered it, or why it is not so. ``ran``: calls by backend. ``lowerings``:
+    the rewrites that these calls took. ``seconds``: what the calls took together, estimated from those that the guard
+    and learning timed; 0 where none was. ``guard``: what became of its checks.
     """
 
     path: str
@@ -28,6 +29,9 @@ class LayerReport:
     reason: str
     covered: bool
     ran: tuple[tuple[str, int], ...] = ()
+    lowerings: tuple[str, ...] = ()
+    seconds: float = 0.0
+    guard: str = ""
 
     @property
     def calls(self) -> int:
@@ -69,10 +73,13 @@ class AttentionReport:
         return {"covered": self.covered, "total": self.total, "layers": layers}
 
     def __str__(self) -> str:
-        head = ("layers", "path", "module", "requested", "active", "calls", "reason")
-        rows = [head, *(_line(alike) for alike in _grouped(self.layers))]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        head = ("layers", "path", "module", "requested", "active", "calls", "time", "lowerings", "guard", "reason")
+        total = sum(layer.seconds for layer in self.layers)
+        rows = [head, *(_line(alike, total) for alike in _grouped(self.layers))]
+        shown = [any(row[column] for row in rows[1:]) for column in range(len(head))]
+        cells = [list(itertools.compress(row, shown)) for row in rows]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
         return "\n".join([*lines, f"covered {self.covered} of {self.total}"])
 
 
@@ -84,18 +91,26 @@ def wish_text(wish: Wish) -> str:
 def _grouped(layers: tuple[LayerReport, ...]) -> list[list[LayerReport]]:
     groups: dict[Any, list[LayerReport]] = {}
     for layer in layers:
-        alike = (_pattern(layer.path), layer.module, layer.requested, layer.active, layer.reason)
+        fault = layer.guard if layer.guard.startswith("WRONG") else ""
+        alike = (stars(layer.path), layer.module, layer.requested, layer.active, layer.reason, layer.lowerings, fault)
         groups.setdefault(alike, []).append(layer)
     return list(groups.values())
 
 
-def _line(alike: list[LayerReport]) -> tuple[str, ...]:
+def _line(alike: list[LayerReport], total: float) -> tuple[str, ...]:
     first, calls = alike[0], sorted({layer.calls for layer in alike})
-    path = first.path if len(alike) == 1 else _pattern(first.path)
+    path = first.path if len(alike) == 1 else stars(first.path)
     count = str(calls[0]) if len(calls) == 1 else f"{calls[0]}-{calls[-1]}"
-    return (str(len(alike)), path or "(the model)", first.module, first.requested, first.active, count, first.reason)
-
-
-def _pattern(path: str) -> str:
-    """The path with a star for each number, so that layers of one stack look alike."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", path)
+    seconds = sum(layer.seconds for layer in alike)
+    return (
+        str(len(alike)),
+        path or THE_MODEL,
+        first.module,
+        first.requested,
+        first.active,
+        count,
+        f"{seconds / total:.0%}" if seconds else "",
+        ", ".join(first.lowerings),
+        first.guard,
+        first.reason,
+    )
