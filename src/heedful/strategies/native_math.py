@@ -38,7 +38,7 @@ class NativeMathAttentionStrategy(AttentionStrategy):
             _EVERYWHERE,
             devices=("cpu",),
             faster_with=frozenset({"chunk_queries"}),  # benchmarks/lowerings.py
-            contends=False,  # 1.1 to 5 times as slow as native in six named cases, every mask and dtype (two cores)
+            contends=False,  # up to 5 times as slow as native, and never faster than its best, in six named cases
         ),
         _EVERYWHERE,
     )
