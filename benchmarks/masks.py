@@ -5,7 +5,7 @@ short that the arguments alone cost that (under 100 us). The first sight by kind
 beside causality that was given. And a fresh tensor at every call, as models make that rebuild their masks: then each
 call is a first sight; ``derive`` says of a fresh tensor what it came from, and a policy may leave masks unread.
 
-    python benchmarks/masks.py [--rounds 7] [--quick] [--json] [--out FOLDER | --no-save]
+    python benchmarks/masks.py [--rounds 5] [--quick] [--json] [--out FOLDER | --no-save]
 
 Shapes: B batch, H heads, Q query length, K key length, D head dim.
 """
@@ -229,7 +229,7 @@ def missed(rows: list[Row]) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, save; the exit status is 1 where the target is missed."""
-    wanted = parsed(options(__doc__, rounds=7), arguments)
+    wanted = parsed(options(__doc__, rounds=5), arguments)
     shapes, causals = (QUICK, CAUSAL_QUICK) if wanted.quick else (SHAPES, CAUSAL)
     anew, sizes = (QUICK[1:], SIZES_QUICK) if wanted.quick else (FRESH, SIZES)
     work: dict[str, list[Callable[[], list[Row]]]] = {}

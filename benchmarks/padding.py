@@ -6,7 +6,7 @@ with the mask broadcast (B, 1, 1, K) and with it written out (B, H, Q, K), heedf
 Wanted for SDXL's self-attention: at least 1.7 times as fast as SDPA with the broadcast mask, and 3 times as fast as
 with the one written out, by the slowest of heedful's ways.
 
-    python benchmarks/padding.py [--rounds 5] [--quick] [--json] [--out FOLDER | --no-save]
+    python benchmarks/padding.py [--rounds 4] [--quick] [--json] [--out FOLDER | --no-save]
 
 Shapes: B batch, H heads, Q query length, K key length, D head dim.
 """
@@ -132,7 +132,7 @@ def table(rows: list[Row]) -> Table:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, save; the exit status is 1 where a target is missed."""
-    wanted = parsed(options(__doc__, rounds=5), arguments)
+    wanted = parsed(options(__doc__, rounds=4), arguments)
     shapes = QUICK if wanted.quick else SHAPES
     rows = []
     with Bar() as bar, torch.no_grad():

@@ -3,7 +3,7 @@
 The named cases whose plain float32 call takes at most 250 ms, each without a mask, causal, with half of the keys padded
 and with a dense bool mask, in three dtypes. auto has learnt first, ahead of time, in two windows. Then two windows of
 interleaved rounds, in each of which auto, torch's SDPA (given the mask as it broadcasts) and the best candidates take
-turns:
+turns. A candidate is the call that a user has who fixes it: by a lock that holds it alone.
 
 - regret: auto over the best candidate of the same window, which is chosen by the very times that judge it;
 - later: auto in the second window over the candidate that was best in the first, without that bias; these two alone
@@ -25,7 +25,8 @@ import random
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,10 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import heedful
 from heedful.cases import CASES, Case, select
+from heedful.factory import AttentionStrategyFactory
+from heedful.locks import Lock, LockedPlan
 from heedful.measuring import interleaved, seconds_of, spoken
+from heedful.select import Plan, Verdict
 from heedful.tune.ahead import tune
 
 MASKS = ("none", "causal", "padded", "dense")
@@ -47,6 +51,7 @@ REGRET, SLOWER = 0.03, 0.05
 WON, PLAIN = 1.3, 0.98
 CPU = torch.device("cpu")
 LEARNING_ROUNDS = 3  # in each of the two windows
+LATER_ROUNDS = 5  # of the second window that judges
 NEAR = 1.25  # times as slow as the best learnt: judged again, the best two of them
 SHORT = 5e-3  # seconds: shorter calls are noisier, and have four times the rounds
 QUICK = ("clip-l-text", "dit-xl2-self")
@@ -93,12 +98,18 @@ class Call:
         out: Tensor = heedful.attention(self.query, self.key, self.value, self.seen, **self.words)
         return out
 
-    def candidates(self) -> dict[str, Callable[[], Any]]:
-        """Every single choice by its label."""
-        found: dict[str, Callable[[], Any]] = heedful.AttentionDispatcher.rivals(
-            _dispatcher(), self.query, self.key, self.value, self.seen, **self.words
-        )[1]
-        return found
+    def candidates(self) -> tuple[Plan, dict[str, Callable[[], Any]]]:
+        """The plan, and every single choice by its label."""
+        plan, every = _dispatcher().rivals(self.query, self.key, self.value, self.seen, **self.words)
+        return plan, {each.label: self.locked(plan, each) for each in plan.contenders if each.label in every}
+
+    def locked(self, plan: Plan, candidate: Verdict) -> Callable[[], Any]:
+        """The call under a lock that names a candidate."""
+        fixed = replace(plan, chosen=candidate)
+        strategy = AttentionStrategyFactory.default().create_strategy(candidate.name)
+        dispatcher = heedful.AttentionDispatcher(policy=_dispatcher().policy)
+        dispatcher.experience.lock = Lock.of({}, [LockedPlan.of(fixed, strategy, strategy.version())])
+        return partial(dispatcher.attention, self.query, self.key, self.value, self.seen, **self.words)
 
 
 def _dispatcher() -> heedful.AttentionDispatcher:
@@ -161,19 +172,17 @@ def learn(every: list[tuple[Combination, Case, str, torch.dtype]], bar: Bar) -> 
 def judge(one: Combination, case: Case, mask: str, dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
     """One window of interleaved rounds; every way is checked before the first."""
     call = call_of(case, mask, dtype)
-    plan = heedful.explain(call.query, call.key, call.value, call.seen, **call.words)
+    plan, single = call.candidates()
     known = plan.known.seconds
-    single = call.candidates()
     one.chosen = plan.chosen.label if plan.chosen else ""
     if one.seconds:  # the second window
         singles = {label: seconds for label, seconds in one.seconds[0].items() if label in single}
         best = min(singles, key=singles.__getitem__)
-        return interleaved(
-            {"auto": call.auto, best: single[best]}, CPU, rounds if singles[best] >= SHORT else 4 * rounds
-        )
+        ways = {"auto": call.auto, best: single[best]}
+        return timed(ways, singles[best], min(rounds, LATER_ROUNDS))
     near = [label for label in single if known.get(label, 0.0) <= NEAR * min(known.values(), default=math.inf)]
     near = sorted(near, key=lambda label: known.get(label, 0.0))[:2] or [one.chosen]
-    ways: dict[str, Callable[[], Any]] = {"torch": call.torch, "auto": call.auto}
+    ways = {"torch": call.torch, "auto": call.auto}
     ways |= {label: single[label] for label in near}
     causal = torch.ones(case.query_length, case.key_length, dtype=torch.bool).tril() if mask == "causal" else None
     groups = case.heads // case.kv_heads
@@ -185,7 +194,14 @@ def judge(one: Combination, case: Case, mask: str, dtype: torch.dtype, rounds: i
     )
     for way, out in answers.items():
         check_alike(f"{name}: {way}", out, answers["torch"])
-    return interleaved(ways, CPU, rounds if known.get(one.chosen, 1.0) >= SHORT else 4 * rounds)
+    return timed(ways, min(known.values(), default=0.0), rounds)
+
+
+def timed(ways: dict[str, Callable[[], Any]], least: float, rounds: int) -> dict[str, list[float]]:
+    """Interleaved rounds of what takes that long at least; each way is warm after a first call."""
+    for run in ways.values():
+        run()
+    return interleaved(ways, CPU, rounds if least >= SHORT else 4 * rounds, rough=dict.fromkeys(ways, least))
 
 
 def bound(ratios: list[float]) -> float:

@@ -16,7 +16,7 @@ from heedful import Bias, Causal, Dense, KeyPadding, Mask, SlidingWindow, Varlen
 from heedful import analysis as module
 from heedful.analysis import MaskCache, analyse
 from heedful.errors import InvalidArgument
-from heedful.masks import as_mask, facts_of
+from heedful.masks import as_mask, facts_of, key_of
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -503,6 +503,37 @@ def test_the_same_object_each_time(cache):
     assert cache.simplest(Causal() & padding).causal == "top_left"
     assert cache.simplest(None) is None
     assert cache.simplest("native") == "native"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_key_says_what_is_read_of_both(cache, batch, alone):
+    packed = torch.block_diag(torch.ones(2, 2), torch.ones(3, 3)).bool()[None, None]
+    for each in (fresh(), packed, KeyPadding(KEEP), Causal() & KeyPadding(KEEP), random_bool(2, 1, 40, 40, seed=5)):
+        wanted = cache.simplest(each, batch, alone)
+        plain = key_of(each)
+        for _ in range(3):
+            assert cache.keyed(each, batch, alone) == (
+                wanted,
+                plain if wanted is each else (plain, wanted.key),
+            )
+
+
+def test_the_key_follows_writes_and_gradients(cache):
+    bias = torch.zeros(1, 1, 5, 5)
+    (_, noop), (_, same) = cache.keyed(bias, 1, True), cache.keyed(bias, 1, True)
+    assert noop is same
+    bias[0, 0, 1, 2] = 0.5
+    assert cache.keyed(bias, 1, True) == (bias, key_of(bias))
+    bias.requires_grad_()
+    seen, key = cache.keyed(bias, 1, True)
+    assert seen is bias
+    assert key[-1] is True
+
+
+def test_what_is_no_mask_has_no_key(cache):
+    with pytest.raises(TypeError, match="str"):
+        cache.keyed("native", 1, True)
 
 
 def test_views_made_anew_are_found(cache, monkeypatch):

@@ -52,6 +52,14 @@ def test_a_round_is_filled(clock):
     assert 500 <= numbers["short"] <= 1000
 
 
+def test_what_is_known_to_fill_a_round_is_not_called_to_find_that_out(clock):
+    calls = {"short": Takes("short", 0.001), "long": Takes("long", 1.0)}
+    interleaved(calls, CPU, 2, least_seconds=0.005, rough={"short": 0.001, "long": 1.0})
+    assert (calls["short"].made, calls["long"].made) == (1, 0)
+    assert [number for name, number in clock if name == "long"] == [1, 1]
+    assert dict(clock)["short"] >= 5
+
+
 def test_a_slow_way_sits_out_the_rounds_after_its_third(clock):
     calls = {"slow": Takes("slow", 2.0), "slower": Takes("slower", 9.0), "fast": Takes("fast", 0.1)}
     times = interleaved(calls, CPU, 9, most_seconds=9.0)

@@ -50,9 +50,16 @@ def test_windows_of_one_moment_are_one_piece_of_evidence_also_those_of_different
 
 
 def test_near_equals_agree_both_ways():
-    assert settled(windows({"a": 1.0, "b": 1.02}, {"a": 1.02, "b": 1.0})) == "b"  # the newest's
+    assert settled(windows({"a": 1.0, "b": 1.02}, {"a": 1.019, "b": 1.0})) == "a"  # by a hair, over both
+    assert settled(windows({"a": 1.0, "b": 1.02}, {"a": 1.03, "b": 1.0})) == "b"
     assert settled(windows({"a": 1.0, "b": 1.05}, {"a": 1.05, "b": 1.0})) is None
     assert settled(windows({"a": 1.0, "b": 1.02}, {"a": 1.5, "b": 1.0})) is None  # a won, and is far behind now
+
+
+def test_of_equals_the_fewest_rewrites_win():
+    assert settled(windows({"a": 1.009, "a+b": 1.0}, {"a": 1.009, "a+b": 1.0})) == "a"
+    assert settled(windows({"a": 1.02, "a+b": 1.0}, {"a": 1.02, "a+b": 1.0})) == "a+b"
+    assert settled(windows({"a+b": 1.0, "a+b+c": 0.995}, {"a+b": 1.0, "a+b+c": 0.999})) == "a+b"
 
 
 def test_a_candidate_that_was_dropped_as_clearly_behind_disagrees():

@@ -31,7 +31,7 @@ from torch.compiler import is_compiling
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from heedful.errors import InvalidArgument
-from heedful.masks import Mask, PaddingProfile, Varlen, as_mask, replace_part
+from heedful.masks import Mask, PaddingProfile, Varlen, as_mask, key_of, replace_part
 from heedful.survey import band_of, blocks_of, reduced, side_of, sides_of, stacked, survey_of, truths
 
 DEVICES = ("cpu", "cuda")
@@ -62,7 +62,7 @@ class MaskCache:
 
     def __init__(self, max_bytes: int = MAX_BYTES, max_entries: int = MAX_ENTRIES) -> None:
         self.max_bytes, self.max_entries = max_bytes, max_entries
-        self._objects: dict[int, tuple[weakref.ref[Any], tuple[Tensor, ...] | None, Any, _Entry]] = {}
+        self._objects: dict[int, _Recalled] = {}
         self._entries: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
         self._lock = threading.RLock()  # the garbage collector may come back here while it is held
 
@@ -74,19 +74,46 @@ class MaskCache:
         """
         if attn_mask is None or is_compiling():
             return attn_mask
-        seen = self._objects.get(id(attn_mask))
-        if seen is not None:
-            reference, held, version, entry = seen
-            given: Any = reference()
-            if given is attn_mask and entry.live and not listeners() and transforms() is None:
-                if held is None:
-                    same, first = given._version == version and not given.requires_grad, given
-                else:
-                    same, first = [(part._version, part.requires_grad) for part in held] == version, held[0]
-                if same and not (first.is_cuda and torch.cuda.is_current_stream_capturing()):
-                    return entry.answers.fitting(batch, alone, given)
-        found = self._entry(attn_mask)
-        return attn_mask if found is None else found.answers.fitting(batch, alone, attn_mask)
+        known = self._recalled(attn_mask)
+        entry = self._entry(attn_mask) if known is None else known.entry
+        return attn_mask if entry is None else entry.answers.fitting(batch, alone, attn_mask)
+
+    def keyed(self, attn_mask: Any, batch: int | None, alone: bool) -> tuple[Any, tuple[Any, ...]]:
+        """``simplest`` of what is no None, and all that validation and selection read of it and of ``attn_mask``.
+
+        The second is hashable, and remembered with the first. Nothing may be compiling. Raises TypeError for what is
+        neither a tensor nor a mask value.
+        """
+        known = self._recalled(attn_mask)
+        if known is not None:
+            found = known.keys.get((batch, alone))
+            if found is not None:
+                seen, key = found
+                return (attn_mask if seen is None else seen), key
+        seen = self.simplest(attn_mask, batch, alone)
+        key = key_of(attn_mask)
+        if seen is not attn_mask:
+            key = (key, seen.key)
+        known = self._recalled(attn_mask)
+        if known is not None:
+            known.keys[batch, alone] = (None if seen is attn_mask else seen), key
+        return seen, key
+
+    def _recalled(self, attn_mask: Any) -> _Recalled | None:
+        """What is remembered of this very object, where its contents are what they were and nobody listens."""
+        known = self._objects.get(id(attn_mask))
+        if known is None:
+            return None
+        reference, held, version, entry, on_cuda, _ = known
+        given: Any = reference()
+        if given is not attn_mask or not entry.live or listeners() or transforms() is not None:
+            return None
+        if held is None:
+            if given._version != version or given.requires_grad:
+                return None
+        elif [(part._version, part.requires_grad) for part in held] != version:
+            return None
+        return None if on_cuda and torch.cuda.is_current_stream_capturing() else known
 
     def derive(self, made: Tensor, source: Any) -> None:
         """Say that ``made``, a fresh tensor, means what ``source`` means: it is not looked at. The caller's promise.
@@ -165,7 +192,9 @@ class MaskCache:
         with self._lock:
             while len(objects) >= MAX_OBJECTS:
                 objects.pop(next(iter(objects)), None)
-            objects[place] = (weakref.ref(given, lambda _: objects.pop(place, None)), held, version, entry)
+            reference = weakref.ref(given, lambda _: objects.pop(place, None))
+            on_cuda = (given if held is None else held[0]).is_cuda
+            objects[place] = _Recalled(reference, held, version, entry, on_cuda, {})
 
     def _sweep(self) -> None:
         for key in [key for key, entry in self._entries.items() if any(ref.expired() for ref in entry.storages)]:
@@ -195,6 +224,20 @@ class _Answers:
             return original
         answer = self.single if batch == 1 and alone else self.wide
         return original if answer is None else answer
+
+
+class _Recalled(NamedTuple):
+    """The quick way from one object to an entry: tensors ``held`` by a mask value, None for a tensor, and ``version``s.
+
+    ``keys``: by batch, and by whether the mask is alone, the answer, None for the object itself, and what is read.
+    """
+
+    reference: weakref.ref[Any]
+    held: tuple[Tensor, ...] | None
+    version: Any
+    entry: _Entry
+    on_cuda: bool
+    keys: dict[tuple[int | None, bool], tuple[Mask | None, tuple[Any, ...]]]
 
 
 class _Entry:

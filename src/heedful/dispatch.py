@@ -31,7 +31,7 @@ from heedful.facts import Facts
 from heedful.learning import LiveRun
 from heedful.listing import BackendRow, BackendTable
 from heedful.locks import Lock, LockedPlan
-from heedful.masks import Mask
+from heedful.masks import key_of
 from heedful.policy import Policy, Wish, as_wish, mirror
 from heedful.probing import ready
 from heedful.problem import AttentionProblem, problem_for_shapes
@@ -193,12 +193,13 @@ class AttentionDispatcher:
         runs, seen = self._runs, attn_mask
         try:
             dtype, device = query.dtype, query.device
+            query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
             mask_key = None
             if attn_mask is not None:
-                seen = self._look(attn_mask, query, key, value, layout, not is_causal and window is None)
-                mask_key = _mask_key(attn_mask) if seen is attn_mask else (_mask_key(attn_mask), seen.key)
+                look = (query_shape, key_shape, value_shape, layout, not is_causal and window is None)
+                seen, mask_key = self._look(attn_mask, *look)
             kind: Any = (
-                wish, query.shape, key.shape, value.shape,
+                wish, query_shape, key_shape, value_shape,
                 dtype if dtype is key.dtype is value.dtype else (dtype, key.dtype, value.dtype),
                 device if device == key.device == value.device else (device, key.device, value.device),
                 type(query), type(key), type(value), mask_key, layout,
@@ -232,21 +233,26 @@ class AttentionDispatcher:
             return run(query, key, value, seen)
         return route.aside(run, query, key, value, seen)
 
-    def simplest(self, attn_mask: Any, query: Tensor, key: Tensor, value: Tensor, layout: str, alone: bool) -> Any:
+    def _simplest(self, attn_mask: Any, query: Tensor, key: Tensor, value: Tensor, layout: str, alone: bool) -> Any:
         """The simplest mask that means the same as ``attn_mask`` in such a call; itself where none is known.
 
         ``alone``: nothing else hides keys in the call.
         """
-        rank = query.dim()
-        if rank > 4 or not rank == key.dim() == value.dim():  # a mask's batch is then not the problem's
+        if attn_mask is None or not self.policy.analyse:
             return attn_mask
-        one = rank < 4 or layout == "THD"
-        batch = 1 if one else max(query.shape[0], key.shape[0], value.shape[0])
-        return self.masks.simplest(attn_mask, batch, alone)
+        batch = _batch_of(query.shape, key.shape, value.shape, layout)
+        return attn_mask if batch is None else self.masks.simplest(attn_mask, batch, alone)
+
+    def _keyed(
+        self, attn_mask: Any, query: torch.Size, key: torch.Size, value: torch.Size, layout: str, alone: bool
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """The same by shapes, with all that validation and selection read of the mask."""
+        batch = _batch_of(query, key, value, layout)
+        return (attn_mask, key_of(attn_mask)) if batch is None else self.masks.keyed(attn_mask, batch, alone)
 
     def _first_look(self, *call: Any) -> Any:
-        """``simplest``, or nothing where the policy says so: decided once."""
-        self._look = self.simplest if self.policy.analyse else _no_look
+        """``_keyed``, or the mask as it is where the policy says so: decided once."""
+        self._look = self._keyed if self.policy.analyse else _no_look
         return self._look(*call)
 
     def _planned(
@@ -292,11 +298,7 @@ class AttentionDispatcher:
         """
         problem = problem_of_call(query, key, value, attn_mask, **call, facts=self.facts)
         alone = not call.get("is_causal") and call.get("window") is None
-        seen = (
-            attn_mask
-            if attn_mask is None
-            else self._look(attn_mask, query, key, value, call.get("layout", "BHSD"), alone)
-        )
+        seen = self._simplest(attn_mask, query, key, value, call.get("layout", "BHSD"), alone)
         device = None if self.facts.packages is None else query.device  # of a machine one lacks nothing can be loaded
         plan = self._planned(query, key, value, attn_mask, seen, backend, call, device)
         problem = plan.problem
@@ -368,7 +370,7 @@ class AttentionDispatcher:
         """
         words = {**_DEFAULTS, **call}
         alone = not words["is_causal"] and words["window"] is None
-        seen = attn_mask if attn_mask is None else self._look(attn_mask, query, key, value, words["layout"], alone)
+        seen = self._simplest(attn_mask, query, key, value, words["layout"], alone)
         plan = self._planned(query, key, value, attn_mask, seen, backend, words, query.device).checked()
         plan, bare = self.runs.bare(plan, words, query.device)
         return plan, {label: functools.partial(run, query, key, value, seen) for label, run in bare.items()}
@@ -532,18 +534,16 @@ def _places(plans: Iterable[LockedPlan]) -> set[str]:
     return {"cuda:0" if plan.problem.device == "cuda" else plan.problem.device for plan in plans}
 
 
-def _no_look(attn_mask: Any, *_call: Any) -> Any:
-    return attn_mask
+def _no_look(attn_mask: Any, *_call: Any) -> tuple[Any, tuple[Any, ...]]:
+    return attn_mask, key_of(attn_mask)
 
 
-def _mask_key(attn_mask: Any) -> tuple[Any, ...]:
-    """What validation and selection read of a mask."""
-    if isinstance(attn_mask, Tensor):
-        wants_grad = attn_mask.requires_grad and torch.is_grad_enabled()
-        return (attn_mask.dtype, attn_mask.shape, attn_mask.device, wants_grad)
-    if isinstance(attn_mask, Mask):
-        return attn_mask.key
-    raise TypeError
+def _batch_of(query: torch.Size, key: torch.Size, value: torch.Size, layout: str) -> int | None:
+    """The batch of a call; None where a mask's batch is not that of the problem."""
+    rank = len(query)
+    if rank > 4 or not rank == len(key) == len(value):
+        return None
+    return 1 if rank < 4 or layout == "THD" else max(query[0], key[0], value[0])
 
 
 default_dispatcher = AttentionDispatcher()

@@ -419,6 +419,16 @@ def as_mask(attn_mask: object) -> Mask | None:
     )
 
 
+def key_of(attn_mask: Tensor | Mask) -> tuple[Any, ...]:
+    """All that validation and selection read of a user's mask: hashable. Raises TypeError for what is no such mask."""
+    if isinstance(attn_mask, Tensor):
+        wants_grad = attn_mask.requires_grad and torch.is_grad_enabled()
+        return (attn_mask.dtype, attn_mask.shape, attn_mask.device, wants_grad)
+    if isinstance(attn_mask, Mask):
+        return attn_mask.key
+    raise TypeError(f"no mask: {type(attn_mask).__name__}")
+
+
 def as_window(window: tuple[int | None, int | None] | int, alignment: str) -> Window | None:
     """A window (left, right), both ends included, checked; one number is both sides, None or a negative one is open."""
     sides = window if isinstance(window, (tuple, list)) else (window, window)

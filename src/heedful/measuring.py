@@ -106,15 +106,18 @@ def interleaved(
     *,
     most_seconds: float = math.inf,
     times: Times | None = None,
+    rough: Mapping[str, float] | None = None,
 ) -> Times:
     """Seconds a call, one figure a round and way; each way is called as often as fills ``least_seconds`` a round.
 
     ``on_round`` is called after each round. A way that has taken ``most_seconds`` in all sits out the rounds after its
-    third. ``times`` is filled and returned where it is given: what an interruption leaves.
+    third. ``times`` is filled and returned where it is given: what an interruption leaves. ``rough``: what a call of a
+    way takes at least, where it was called before; one that fills a round alone is not called to find that out.
     """
     times = {} if times is None else times
     times.update({way: [] for way in calls})
-    numbers = {way: _calls_a_round(call, device, least_seconds) for way, call in calls.items()}
+    filled = {way for way, seconds in (rough or {}).items() if seconds >= least_seconds}
+    numbers = {way: 1 if way in filled else _calls_a_round(call, device, least_seconds) for way, call in calls.items()}
     order = list(calls)
     for _ in range(rounds):
         order.append(order.pop(0))

@@ -21,6 +21,7 @@ _MOST_LABELS = 64
 _LONGEST_NAME = 2000  # of a class of problems, a candidate, a run, a reason
 _LONGEST_TIME = 1e6  # seconds a call
 _LAST_MOMENT = 1e11  # unix seconds
+_EQUAL = 0.01  # a difference that two windows cannot tell
 _BOUND = 4  # separated windows, after which the median decides
 
 
@@ -132,15 +133,17 @@ def settled(windows: tuple[Window, ...], *, apart: float = APART, within: float 
     A busy minute can invert a ranking (fp16, native against upcast, once took 39 ms against 8, quiet 1.2 against 2.4),
     so no single window settles anything, nor do windows that disagree, nor those of several processes in one minute.
     Separated are windows ``apart`` seconds apart. They agree where each one's best is within ``within`` of the other's.
-    What counts is the newest window: its best wins once an earlier one agrees. Of four separated windows without
-    agreement the least median wins, so that measuring comes to an end.
+    What counts is the newest window, and the latest earlier one that agrees: the least median of the two wins. Of four
+    separated windows without agreement the least median of all wins, so that measuring comes to an end. Of medians
+    within one per cent that of the fewest rewrites wins.
     """
     newest_first = sorted(windows, key=lambda window: (window.ended, window.run), reverse=True)
     if not newest_first:
         return None
     newest = newest_first[0]
-    if any(newest.separated(other, apart) and newest.agrees(other, within) for other in newest_first[1:]):
-        return newest.best()
+    for other in newest_first[1:]:
+        if newest.separated(other, apart) and newest.agrees(other, within):
+            return _least_median([newest, other])
     separated: list[Window] = []
     for window in newest_first:
         if all(window.separated(other, apart) for other in separated):
@@ -152,7 +155,10 @@ def _least_median(windows: list[Window]) -> str:
     """Over all windows first: a candidate that half of them dropped as clearly behind is no winner while others are."""
     labels = sorted({label for window in windows for label in window.seconds})
     overall = {label: statistics.median(w.seconds.get(label, math.inf) for w in windows) for label in labels}
-    return min(labels, key=lambda label: (overall[label], _median(label, windows)))
+    least = min(overall.values())
+    if least < math.inf:
+        labels = [label for label in labels if overall[label] <= (1 + _EQUAL) * least]
+    return min(labels, key=lambda label: (label.count("+"), overall[label], _median(label, windows)))
 
 
 def _median(label: str, windows: list[Window] | tuple[Window, ...]) -> float:

@@ -19,7 +19,7 @@ from heedful.dispatch import AttentionDispatcher
 from heedful.errors import HeedfulError, InvalidArgument
 from heedful.knowledge import strategy_of
 from heedful.learning import BEHIND
-from heedful.measuring import interleaved, seconds_of
+from heedful.measuring import interleaved, ratio, seconds_of
 from heedful.problem import AttentionProblem
 from heedful.problem_class import class_of
 from heedful.records import APART, Window
@@ -141,9 +141,13 @@ def _near(calls: Mapping[str, Call], seconds: Mapping[str, float]) -> dict[str, 
 
 
 def _times(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, float]:
-    """The medians of those that are near the fastest; of the others what one call says. All were called before."""
+    """The medians of those that are near the fastest; of the others what one call says. All were called before.
+
+    Those that are near are compared within each round: a machine that changes its pace changes it for all of a round.
+    """
     rough = {label: seconds_of(call, device) for label, call in calls.items()}
     near = _near(calls, rough)
-    rounds = 3 * rounds if min(rough.values()) < _SHORT else rounds
-    fine = {label: statistics.median(times) for label, times in interleaved(near, device, rounds).items()}
-    return {**rough, **fine}
+    first = min(rough, key=rough.__getitem__)
+    times = interleaved(near, device, 3 * rounds if rough[first] < _SHORT else rounds, rough=rough)
+    pace = statistics.median(times[first])
+    return {**rough, **{label: pace * ratio(times, label, first) for label in near}}
