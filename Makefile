@@ -16,10 +16,10 @@ PYTEST := $(PY) -m pytest -n $(WORKERS) --maxprocesses=4 --dist=worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test gpu-test check check-all lint bench clean
+.PHONY: help setup demo test gpu-test check check-all lint bench bench-masks clean
 
 help:  ## print this list
-	@awk -F ':.*## +' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## +' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make .venv and install everything for development (the other targets do it by themselves)
 
@@ -46,9 +46,12 @@ lint: $(STAMP)
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
 
-BENCHMARKS := overhead routing import_time padding masks lowerings guard regret
+bench: BENCHMARKS := overhead routing import_time guard regret
+bench-masks: BENCHMARKS := padding masks lowerings
 
-bench: $(STAMP)  ## measure what calls, masks and rewrites cost, one benchmark after the other (ARGS="--quick" tries them)
+bench: $(STAMP)  ## measure what calls cost, and what auto's choices lose and win (ARGS="--quick" tries it)
+bench-masks: $(STAMP)  ## measure what padding, masks and rewrites cost
+bench bench-masks:
 	@status=0; for name in $(BENCHMARKS); do $(PY) benchmarks/$$name.py $(ARGS) || status=1; done; exit $$status
 
 clean:  ## remove caches and builds (.venv stays: rm -rf .venv removes it)

@@ -128,7 +128,7 @@ def measure(calls: dict[str, Call], rounds: int, number: int | None = None, bar:
     order = list(calls)
     for round_ in range(rounds + more):
         order.append(order.pop(0))
-        for way in order:
+        for way in order if round_ % 4 < 2 else reversed(order):
             times[way].append(timers[way].timeit(numbers[way]) / numbers[way] * 1e6)
         if bar is not None and round_ < rounds:
             bar.step()

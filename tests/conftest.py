@@ -67,6 +67,15 @@ def dispatcher(factory: AttentionStrategyFactory) -> AttentionDispatcher:
     return AttentionDispatcher(factory, policy=Policy())
 
 
+@pytest.fixture
+def plugins(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module of strategies that are wrong on purpose, while it can be imported here, and in processes
+    that are started from here.
+    """
+    monkeypatch.syspath_prepend(Path(__file__).parent / "verify" / "plugins")
+    return "strategies_to_verify"
+
+
 @pytest.fixture(scope="session")
 def fresh_python() -> Callable[..., "subprocess.CompletedProcess[str]"]:
     """Run a script in a new interpreter with this checkout's heedful: ``fresh_python(text, *paths, NAME="value")``.

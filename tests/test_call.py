@@ -5,10 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import heedful
 from heedful import Causal, Dense, Facts, InvalidArgument, KeyPadding, SlidingWindow, Varlen
 from heedful.call import computed_dtype, mask_of_call, problem_of_call
+from heedful.dispatch import default_dispatcher
 from heedful.masks import facts_of
 
 Q, K = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 5, 8)
@@ -67,6 +70,8 @@ MALFORMED = [
     ({"attn_mask": KeyPadding(torch.ones(2, 5, dtype=torch.bool, device="meta"))}, r"attn_mask: got device meta"),
     ({"attn_mask": Varlen(torch.tensor([0, 3]))}, r"Varlen with batch 2"),
     ({"attn_mask": Causal(), "is_causal": True, "causal_alignment": "bottom_right"}, r"two different causal align"),
+    ({"attn_mask": causal_upper_left(3, 5)}, r"got torch's CausalBias \(UPPER_LEFT\); give heedful.Causal\(\)"),
+    ({"attn_mask": causal_lower_right(3, 5)}, r"CausalBias \(LOWER_RIGHT\); give heedful.Causal\('bottom_right'\)"),
 ]
 
 
@@ -115,6 +120,18 @@ def test_the_remedy_for_a_nested_tensor_works(kind, heads_first, naive_attention
 
 
 # What a well-formed call means
+
+
+def test_a_scale_may_be_a_tensor_with_one_number_as_for_sdpa():
+    want = F.scaled_dot_product_attention(Q, K, K, scale=0.3)
+    torch.testing.assert_close(heedful.attention(Q, K, K, scale=torch.tensor(0.3)), want)
+    kinds = len(default_dispatcher._runs)
+    torch.testing.assert_close(heedful.attention(Q, K, K, scale=torch.tensor(0.3)), want)
+    assert len(default_dispatcher._runs) == kinds
+    assert heedful.explain(Q, K, K, scale=torch.tensor(0.5)).problem.scale == 0.5
+    for scale in (torch.tensor(0.3, requires_grad=True), torch.ones(1), torch.tensor(math.inf)):
+        with pytest.raises(InvalidArgument, match=r"scale: got .*; give a finite number"):
+            heedful.attention(Q, K, K, scale=scale)
 
 
 def test_mask_arguments_are_joined():

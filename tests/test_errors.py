@@ -92,3 +92,8 @@ def test_refused_holds_the_problem_and_every_reason():
         for reason in reasons:
             assert f"{name} refuses: {reason}" in str(error)
     assert (error.problem, error.refusals) == (PROBLEM, REFUSALS)
+
+
+def test_names_with_commas_between_them_are_to_be_a_list():
+    text = str(UnknownBackend("native,flash", ["native", "flash"]))
+    assert "for an order of fallback give a list, ['native', 'flash']; known" in text

@@ -111,3 +111,28 @@ def test_shares_are_of_the_whole_time():
     assert "25%" in printed
     assert "100%" not in printed
     assert report.to_dict()["layers"][0]["seconds"] == 0.3
+
+
+def test_coverage_is_told_of_each_component_and_of_what_is_not_counted():
+    rows = (
+        layer("unet.0", component="unet"),
+        layer("unet.1", component="unet", role="cross"),
+        LayerReport("vae.0", "vae", "Layer", "keep", "its own", "exclude 'vae'", covered=False, role="vae"),
+        LayerReport("vae.1", "vae", "Linear", "auto", "its own", "no softmax", covered=False, counted=False),
+    )
+    report = AttentionReport(rows)
+    assert (report.covered, report.total, len(report)) == (2, 3, 4)
+    assert report.components == {"unet": (2, 2), "vae": (0, 1)}
+    told = "covered 2 of 3: unet 2 of 2, vae 0 of 1; beside them 1 that compute no softmax attention"
+    assert str(report).splitlines()[-1] == report.coverage() == told
+    data = report.to_dict()
+    assert data["components"] == {"unet": {"covered": 2, "total": 2}, "vae": {"covered": 0, "total": 1}}
+    assert [row["role"] for row in data["layers"]] == ["", "cross", "vae", ""]
+    assert str(report).splitlines()[0].split()[:4] == ["layers", "path", "module", "role"]
+
+
+def test_conflicts_are_rows_of_their_own():
+    rows = (layer("a.0"), layer("a.1", conflict="replaced", reason="conflict: replaced"))
+    report = AttentionReport(rows)
+    assert report.conflicts == rows[1:]
+    assert "conflict: replaced" in str(report).splitlines()[2]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import gc
 import json
 import pickle
+import re
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +20,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 import heedful
 from heedful.routing import route_of
@@ -162,6 +168,102 @@ def test_a_set_that_fails_changes_nothing(x: Tensor, backend: Any, rules: Any, e
     assert Doubled.calls == 6
 
 
+@torch.no_grad()
+def test_excluded_layers_are_left_alone_before_all_rules(x: Tensor) -> None:
+    model = stack()
+    report = heedful.set_attention_backend(model, DOUBLES, {"[12]": "native"}, exclude="re:[01]")
+    assert [layer.requested for layer in report] == ["keep", "keep", "native"]
+    assert report["0"].reason == "exclude 're:[01]'"
+    assert "forward" not in vars(model[0])
+    for wrong in ({"a": 1}, 3):
+        with pytest.raises(heedful.InvalidArgument, match=r"exclude: got .*; give patterns or roles in a list"):
+            heedful.set_attention_backend(model, DOUBLES, exclude=wrong)  # type: ignore[arg-type]
+    with pytest.raises(heedful.InvalidArgument, match="exclude: got 'nowhere'; it matches none of 3 layers"):
+        heedful.set_attention_backend(model, DOUBLES, exclude=["0", "nowhere"])
+    with pytest.raises(heedful.InvalidArgument, match="write a regular expression as 're:0'"):
+        heedful.set_attention_backend(model, DOUBLES, {re.compile("0"): "native"})  # type: ignore[dict-item]
+
+
+@torch.no_grad()
+def test_the_report_is_a_context_manager_that_undoes_its_call_and_no_other(x: Tensor) -> None:
+    model = stack()
+    before, want = state(model), model(x)
+    with heedful.set_attention_backend(model, DOUBLES) as report:
+        assert report.covered == 3
+        doubled, routed = model(x), state(model)
+        with heedful.set_attention_backend(model, "native"):
+            assert torch.equal(model(x), want)
+        assert state(model) == routed
+        assert torch.equal(model(x), doubled)
+        with pytest.raises(LookupError), heedful.set_attention_backend(model, "native"):
+            raise LookupError
+        assert state(model) == routed
+        with heedful.set_attention_backend(model, "native"):
+            heedful.reset_attention_backend(model)
+        assert torch.equal(model(x), doubled)
+    assert state(model) == before
+    assert torch.equal(model(x), want)
+    with pytest.raises(heedful.HeedfulError, match="only the report that set_attention_backend returns"):
+        heedful.attention_report(model).__enter__()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("set_before", [False, True])
+@pytest.mark.parametrize("part", [False, True], ids=["one model", "a part of it"])
+def test_blocks_that_overlap_leave_nothing_behind(x: Tensor, set_before: bool, part: bool) -> None:
+    model = stack()
+    if set_before:
+        heedful.set_attention_backend(model, "native_math")
+    before = state(model)
+    first = heedful.set_attention_backend(model, "native")
+    first.__enter__()
+    second = heedful.set_attention_backend(model[0] if part else model, DOUBLES)
+    second.__enter__()
+    third = heedful.set_attention_backend(model, ["native", "auto"])
+    third.__enter__()
+    second.__exit__()
+    assert {layer.requested for layer in heedful.attention_report(model)} == {"native > auto"}
+    first.__exit__()
+    assert {layer.requested for layer in heedful.attention_report(model)} == {"native > auto"}
+    model(x)
+    third.__exit__()
+    assert state(model) == before
+    assert Doubled.calls == 0
+
+
+@torch.no_grad()
+def test_a_block_of_a_part_outlives_that_of_the_whole(x: Tensor) -> None:
+    model = stack()
+    before = state(model)
+    with contextlib.ExitStack() as part:
+        with heedful.set_attention_backend(model, "native"):
+            part.enter_context(heedful.set_attention_backend(model[0], DOUBLES))
+        assert [layer.requested for layer in heedful.attention_report(model)] == [DOUBLES, "keep", "keep"]
+        model(x)
+        assert Doubled.calls == 1
+    assert state(model) == before
+
+
+def test_a_report_keeps_no_model_alive() -> None:
+    model = stack()
+    gone = weakref.ref(model)
+    report = heedful.set_attention_backend(model, "native")
+    del model
+    gc.collect()
+    assert gone() is None
+    with report:
+        assert report.covered == 3
+
+
+@torch.no_grad()
+def test_the_reason_says_why_the_first_wish_of_a_list_did_not_compute(x: Tensor) -> None:
+    model = stack(Layer).double()
+    heedful.set_attention_backend(model, [DOUBLES, "native"])
+    model(x.double())
+    reason = heedful.attention_report(model)["0"].reason
+    assert reason.startswith("backend; doubles refuses: dtype is float64")
+
+
 def test_what_has_no_attention_layer_is_an_error() -> None:
     with pytest.raises(heedful.NothingCovered, match="Linear has no attention layer: none of its 1 modules"):
         heedful.set_attention_backend(nn.Linear(2, 2), "native")
@@ -304,6 +406,31 @@ def test_a_wrapper_put_over_the_route_keeps_working_after_reset(x: Tensor) -> No
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("again", [False, True], ids=["hook, set", "set, hook, reset, set"])
+def test_a_route_that_is_lost_with_a_hook_is_a_conflict_and_not_covered(x: Tensor, again: bool) -> None:
+    model = stack(Layer, Layer)
+    if again:
+        heedful.set_attention_backend(model, "native")
+    add_hook_to_module(model[0], ModelHook())
+    if again:
+        heedful.reset_attention_backend(model)
+    assert not heedful.set_attention_backend(model, DOUBLES).conflicts
+    add_hook_to_module(model[1], ModelHook())
+    model(x)
+    assert Doubled.calls == 2
+    assert heedful.attention_report(model).covered == 2
+    remove_hook_from_module(model, recurse=True)
+    model(x)
+    assert Doubled.calls == 3
+    report = heedful.attention_report(model)
+    assert (report.covered, report["0"].active, report["1"].conflict) == (1, "its own", "")
+    assert report["0"].conflict.startswith("its forward was replaced since it was set, so heedful does not compute it")
+    assert not heedful.set_attention_backend(model, DOUBLES).conflicts
+    model(x)
+    assert Doubled.calls == 5
+
+
+@torch.no_grad()
 def test_two_threads_with_two_backends_do_not_meet(x: Tensor) -> None:
     ours, theirs = stack(), stack()
     plain = ours(x)
@@ -355,12 +482,24 @@ def test_the_report_says_what_ran_and_what_was_bypassed(x: Tensor) -> None:
     heedful.set_attention_backend(model, "auto", rules={"1": DOUBLES})
     model(x)
     report = heedful.attention_report(model)
-    assert [layer.active for layer in report] == ["native", DOUBLES, "auto"]
+    assert [layer.active for layer in report] == ["native", DOUBLES, "its own"]
     assert report["2"].reason == "bypassed: it ran 1 times and never called SDPA"
+    assert ([layer.covered for layer in report], report.covered) == ([True, True, False], 2)
     assert [layer.calls for layer in report] == [1, 1, 0]
     assert json.loads(json.dumps(report.to_dict()))["layers"][1]["ran"] == {DOUBLES: 1}
     with pytest.raises(KeyError):
         report["nowhere"]
+
+
+@torch.no_grad()
+def test_neither_a_copy_nor_a_layer_that_raised_has_been_bypassed(x: Tensor) -> None:
+    model = stack()
+    heedful.set_attention_backend(model, DOUBLES)
+    with pytest.raises(heedful.Refused):
+        model.double()(x.double())
+    assert heedful.attention_report(model).covered == 3
+    model.float()(x)
+    assert heedful.attention_report(copy.deepcopy(model)).covered == 3
 
 
 @torch.no_grad()
@@ -420,6 +559,33 @@ def test_compiled_code_is_refused_as_eager_code_is(x: Tensor) -> None:
     heedful.set_attention_backend(model, DOUBLES)
     with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="doubles refuses: dtype"):
         torch.compile(model, backend="eager", fullgraph=True)(x.double())
+
+
+class Biased(Layer):
+    """With torch's own value for causality."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, causal_lower_right(x.shape[-2], x.shape[-2]))
+
+
+def test_a_causal_bias_of_torch_is_refused_with_what_to_give_and_can_be_left_to_torch(x: Tensor) -> None:
+    model = stack(Layer, Biased)
+    plain = model(x)
+    heedful.set_attention_backend(model, "native")
+    with pytest.raises(heedful.InvalidArgument, match=r"attn_mask: got torch's CausalBias .* give heedful.Causal\("):
+        model(x)
+    heedful.set_attention_backend(model, "native", exclude="1")
+    torch.testing.assert_close(model(x), plain)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_torch_jit_trace_is_refused_in_plain_words(x: Tensor) -> None:
+    model = stack(Layer)
+    heedful.set_attention_backend(model, "native")
+    with pytest.raises(heedful.InvalidArgument, match=r"within torch\.jit\.trace.* after reset_attention_backend"):
+        torch.jit.trace(model, x)
+    heedful.reset_attention_backend(model)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
 
 
 def test_no_optional_package_is_imported() -> None:

@@ -36,6 +36,7 @@ from heedful.policy import Policy, checkpoint_context
 from heedful.problem import AttentionProblem
 from heedful.refusal import Refusal
 from heedful.run_report import RunReport
+from heedful.sdpa import patch_sdpa
 from heedful.select import Plan
 from heedful.strategy import AttentionStrategy, Limits, Pin
 
@@ -77,6 +78,7 @@ __all__ = [
     "freeze",
     "list_backends",
     "lock",
+    "patch_sdpa",
     "report",
     "reset_attention_backend",
     "set_attention_backend",

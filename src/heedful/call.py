@@ -100,10 +100,11 @@ def problem_of_call(
 ) -> AttentionProblem:
     """Check every argument and state the problem. Raises InvalidArgument: argument, value and remedy."""
     _check_tensors(query, key, value, layout)
+    _check_mask_kind(attn_mask)
     fields = checked_numbers(
         dropout_p=dropout_p,
         is_causal=is_causal,
-        scale=scale,
+        scale=plain_scale(scale),
         enable_gqa=enable_gqa,
         softcap=softcap,
         max_error=max_error,
@@ -131,6 +132,13 @@ def problem_of_call(
     )
 
 
+def plain_scale(scale: Any) -> Any:
+    """The number that a tensor without dimensions and gradient holds, which SDPA takes for one; else what was given."""
+    if isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad and not scale.is_complex():
+        return float(scale)
+    return scale
+
+
 def computed_dtype(query: torch.dtype, key: torch.dtype, value: torch.dtype, device: str) -> tuple[torch.dtype, bool]:
     """The dtype to compute in, and whether autocast makes it so. SDPA under autocast casts all but float64.
 
@@ -156,6 +164,9 @@ _PACK = {
 
 
 def _check_tensors(query: object, key: object, value: object, layout: str) -> None:
+    if torch._C._get_tracing_state() is not None:
+        remedy = "use torch.export; what set_attention_backend has set can be traced after reset_attention_backend"
+        raise InvalidArgument("query", "a tensor within torch.jit.trace, to which sizes are tensors", remedy)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise InvalidArgument(name, type(tensor).__name__, "give a torch.Tensor")
@@ -169,6 +180,18 @@ def _check_tensors(query: object, key: object, value: object, layout: str) -> No
     for name, tensor in (("key", key), ("value", value)):
         if tensor.device != query.device:  # type: ignore[attr-defined]
             raise InvalidArgument(name, f"device {tensor.device}", f"query is on {query.device}; move it there")  # type: ignore[attr-defined]
+
+
+def _check_mask_kind(attn_mask: object) -> None:
+    """torch's CausalBias is a tensor in name only: it has no elements, and SDPA asks it for a kernel."""
+    if type(attn_mask).__name__ != "CausalBias":
+        return
+    variant = getattr(getattr(attn_mask, "variant", None), "name", "of no variant")
+    same = "heedful.Causal(), or is_causal=True"
+    if variant == "LOWER_RIGHT":
+        same = "heedful.Causal('bottom_right'), or is_causal=True with causal_alignment='bottom_right'"
+    remedy = f"give {same}; exclude= of set_attention_backend leaves a layer that makes one to torch"
+    raise InvalidArgument("attn_mask", f"torch's CausalBias ({variant})", remedy)
 
 
 def _check_mask_tensors(mask: Mask | None, query: Tensor) -> None:

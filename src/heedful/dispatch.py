@@ -23,7 +23,7 @@ from heedful import policy as wishes
 from heedful import tracing
 from heedful.analysis import MaskCache
 from heedful.binding import Run
-from heedful.call import problem_of_call
+from heedful.call import plain_scale, problem_of_call
 from heedful.errors import InvalidArgument
 from heedful.experience import Experience
 from heedful.factory import AttentionStrategyFactory
@@ -163,7 +163,7 @@ class AttentionDispatcher:
                 ``is_causal`` or ``window`` both apply.
             dropout_p: probability of dropping an attention weight.
             is_causal: query i sees the keys up to its own place, see ``causal_alignment``.
-            scale: factor of the scores; 1/sqrt(D) by default.
+            scale: factor of the scores; 1/sqrt(D) by default. In eager code a 0-dim tensor will do, as for SDPA.
             enable_gqa: N may divide H: each key and value head serves H/N query heads.
             layout: "BHSD", "BSHD" or "THD", of query, key, value and output.
             causal_alignment: "top_left" (torch) or "bottom_right" (flash-attn) where Q and K differ; of ``window`` too.
@@ -220,6 +220,9 @@ class AttentionDispatcher:
                 "layout": layout, "causal_alignment": causal_alignment, "window": window, "softcap": softcap,
                 "sinks": sinks, "max_error": max_error, "options": options, "return_lse": return_lse,
             }  # fmt: skip
+            number = plain_scale(scale)
+            if number is not scale:
+                return self.attention(query, key, value, attn_mask, backend=backend, **{**call, "scale": number})
             plan = self._planned(query, key, value, attn_mask, seen, backend, call, getattr(query, "device", None))
             run = self._bound(plan, call, query.device)
             if kind is not None:

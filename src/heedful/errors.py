@@ -53,6 +53,9 @@ class UnknownBackend(HeedfulError, ValueError):
         known = sorted(known)
         close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+        if "," in str(name):
+            names = [word.strip() for word in str(name).split(",")]
+            hint = f"for an order of fallback give a list, {names}; "
         super().__init__(f"{origin}: no backend is called {name!r}; {hint}known: {', '.join(known)}")
 
 

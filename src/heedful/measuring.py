@@ -1,6 +1,7 @@
 """How time and memory are measured: in rounds that time every way in turn, each time in another order.
 
-What else the machine does then falls on all ways alike. A way's first call, which may compile, is in no figure, and
+What else the machine does then falls on all ways alike. Two rounds go forwards, two backwards, so that no way always
+finds the caches as the same other one has left them. A way's first call, which may compile, is in no figure, and
 caches are warm. Times are seconds a call.
 """
 
@@ -119,9 +120,9 @@ def interleaved(
     filled = {way for way, seconds in (rough or {}).items() if seconds >= least_seconds}
     numbers = {way: 1 if way in filled else _calls_a_round(call, device, least_seconds) for way, call in calls.items()}
     order = list(calls)
-    for _ in range(rounds):
+    for round_ in range(rounds):
         order.append(order.pop(0))
-        for way in order:
+        for way in order if round_ % 4 < 2 else reversed(order):
             done = times[way]
             if len(done) < LEAST_ROUNDS or sum(done) * numbers[way] < most_seconds:
                 done.append(seconds_of(calls[way], device, numbers[way]))

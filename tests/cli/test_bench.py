@@ -1,9 +1,6 @@
 """``heedful bench``, as a user types it; and its page, in a browser."""
 
 import json
-import os
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -172,31 +169,10 @@ def test_the_usual_cases_are_there():
 
 # In a browser
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BEST = (0x1A, 0x93, 0x6F)
 TORCH = (0x6B, 0x6F, 0x76)
 OTHERS = (0x9F, 0xB3, 0xC8)
 BAD = (0xC0, 0x27, 0x2D)
-
-
-@pytest.fixture
-def browser(tmp_path):
-    """Open a page in headless Chromium with these flags; what it prints."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None and os.environ.get("CI") == "true":
-        pytest.fail("no Chromium on the path: .ci/run installs it where there is apt-get and root")
-    if found is None:
-        pytest.skip("no Chromium on the path")
-
-    def opened(page, *flags):
-        quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
-        usual = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *quiet)
-        command = [found, *usual, f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return opened
 
 
 @pytest.mark.browser
@@ -226,5 +202,6 @@ def test_the_page_looks_as_it_should(registered, browser, tmp_path):
         assert drawn.size == (1200, 1500)
         colours = {colour: count for count, colour in drawn.convert("RGB").getcolors(1 << 24)}
     assert len(colours) > 100
-    assert all(colours.get(colour, 0) > 300 for colour in (BEST, TORCH, OTHERS, BAD)), "a bar or a badge is missing"
+    wanted = [BEST, OTHERS, BAD, *([TORCH] if 'class="row torch"' in shown else [])]  # torch's may be the best one
+    assert all(colours.get(colour, 0) > 300 for colour in wanted), "a bar or a badge is missing"
     assert max(colours.values()) < 0.9 * 1200 * 1500

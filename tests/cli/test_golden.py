@@ -68,7 +68,7 @@ def test_the_tables_are_as_they_were(machine):
 
 
 def test_there_is_a_table_for_each_machine_and_no_other():
-    assert {file.name for file in GOLDEN.iterdir()} == {f"{machine}.txt" for machine in MACHINES}
+    assert {file.name for file in GOLDEN.glob("*.txt")} == {f"{machine}.txt" for machine in MACHINES}
 
 
 # The rules

@@ -27,7 +27,7 @@ SMALL = AttentionProblem(batch=1, heads=2, kv_heads=2, query_length=64, key_leng
 def certain(monkeypatch):
     """Times that no busy machine changes, and a clock that is put forward in place of waiting."""
 
-    def times(calls, _device, rounds):
+    def times(calls, _device, rounds, rough):
         return {label: [1e-3 * (0.7 + 1 / len(label))] * rounds for label in calls}
 
     monkeypatch.setattr(ahead, "interleaved", times)

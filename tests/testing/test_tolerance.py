@@ -90,7 +90,7 @@ def test_an_error_beyond_the_rule_is_broken_contract(dtype: torch.dtype) -> None
     assert 0 < limit < 40 * torch.finfo(dtype).eps * largest(want)
     wrong = want.clone()
     wrong[2, 3] += 1.1 * limit
-    check_close("it", want + 0.9 * limit, want, naive, dtype)
+    assert check_close("it", want + 0.9 * limit, want, naive, dtype).units == pytest.approx(0.9, rel=0.1)
     with pytest.raises(ContractBroken, match="it is off by"):
         check_close("it", wrong, want, naive, dtype)
 
@@ -132,7 +132,9 @@ def test_nothing_is_close_to_nothing() -> None:
 
 def test_similarity() -> None:
     (want,) = _tensors((40, 50))
-    check_similar("it", want * 1.05, want, Tolerance())
+    found = check_similar("it", want * 1.05, want, Tolerance())
+    assert found.units == pytest.approx(0.5)  # of the relative error that is allowed
+    assert found.error == pytest.approx(0.05 * largest(want))
     for wrong in (want * 1.2, -want, want.roll(1), want * math.nan, want * 0):
         with pytest.raises(ContractBroken, match="relative error"):
             check_similar("it", wrong, want, Tolerance())

@@ -51,25 +51,42 @@ class Chart:
 
 def page(record: dict[str, Any]) -> str:
     """The page of a run's record (`Run.record`, or the file of ``--out``)."""
-    text = importlib.resources.files("heedful.bench").joinpath("report.html.j2").read_text("utf-8")
-    made = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    machine = record["machine"]
+    return environment().get_template("report.html.j2").render(**shown(record), machine=machine)
+
+
+def environment(*packages: str) -> jinja2.Environment:
+    """Templates of these packages, then of this one: ``common.css`` is every page's, ``charts.html.j2`` draws a run."""
+    loader = jinja2.FunctionLoader(lambda name: _text_of(name, (*packages, "heedful.bench")))
+    made = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     made.filters.update(
         time=lambda milliseconds: spoken(milliseconds / 1e3), size=sized, short=lambda name: _DTYPES.get(name, name)
     )
+    return made
+
+
+def _text_of(name: str, packages: tuple[str, ...]) -> str | None:
+    places = (importlib.resources.files(package).joinpath(name) for package in packages)
+    return next((place.read_text("utf-8") for place in places if place.is_file()), None)
+
+
+def shown(record: dict[str, Any]) -> dict[str, Any]:
+    """What the templates draw of a run's record."""
     machine = record["machine"]
-    return made.from_string(text).render(
-        record=record,
-        machine=machine,
-        hardware=machine.get("gpu") or machine["cpu"],
-        facts=_facts(machine),
-        busy=busy(machine),
-        charts=[_chart(group) for group in record["groups"]],
-        summary=_summary(record),
-        badges=_BADGES,
-    )
+    return {
+        "record": record,
+        "hardware": machine.get("gpu") or machine["cpu"],
+        "facts": facts_of(machine),
+        "busy": busy(machine),
+        "charts": [_chart(group) for group in record["groups"]],
+        "summary": _summary(record),
+        "badges": _BADGES,
+    }
 
 
-def _facts(machine: dict[str, Any]) -> list[tuple[str, str]]:
+def facts_of(machine: dict[str, Any]) -> list[tuple[str, str]]:
     """The machine by words one reads; versions of packages keep their own names."""
     rest = {name: name for name in machine if name not in _FACTS and name not in {"date", "load"}}
     return [(word, str(machine[name])) for name, word in {**_FACTS, **rest}.items() if machine.get(name)]

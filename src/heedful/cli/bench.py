@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from heedful.cases import CASES, Case, select
+from heedful.cli.machines import packages_of, torch_device
+from heedful.cli.output import Bar, check_writable, json_text, write_text
 from heedful.cli.problems import DTYPES
 from heedful.dispatch import AttentionDispatcher, default_dispatcher
 from heedful.errors import UnknownBackend
@@ -74,27 +71,27 @@ def bench(
     """Time every backend side by side, after holding its answer to the formula; exit with 1 where one is wrong."""
     from heedful.bench.measure import Run
 
-    place = _device(device)
+    place = torch_device(device)
     # auto by what was measured before: nothing is tried while it is timed, and every answer is judged here anyway.
     known: Tune = "off" if default_dispatcher.policy.tune == "off" else "ahead"
     dispatcher = AttentionDispatcher(policy=replace(default_dispatcher.policy, tune=known, guard="off"))
     works = _works(case, mask, dtype, place)
     for path, option in ((html, "--html"), (out, "--out")):
         if path is not None:
-            _check_writable(path, option)
+            check_writable(path, option)
     run = Run(place, _backends(backend, place, dispatcher), rounds, max_seconds, dispatcher)
-    machine = machine_record(place, _packages(run.backends, dispatcher))  # before the run, for the load
-    with _Bar(run.steps_of_a_work * len(works)) as bar:
+    machine = machine_record(place, packages_of(run.backends, dispatcher))  # before the run, for the load
+    with Bar(run.steps_of_a_work * len(works)) as bar:
         run.on_step = bar.step
         groups = list(run.groups(works))
     record = run.record(groups, machine)
     if out is not None:
-        _write(out, _json(record))
+        write_text(out, json_text(record))
     if html is not None:
         from heedful.bench.page import page
 
-        _write(html, page(record))
-    print(_json(record), end="") if as_json else _print(groups, [path for path in (out, html) if path is not None])
+        write_text(html, page(record))
+    print(json_text(record), end="") if as_json else _print(groups, [path for path in (out, html) if path is not None])
     if busy(machine):
         print(
             f"the machine was busy, load {machine['load']} on {machine['cores']} cores: figures are noisy",
@@ -106,21 +103,6 @@ def bench(
         raise typer.Exit(1)
     if run.interrupted:
         raise typer.Exit(130)
-
-
-def _device(name: str | None) -> torch.device:
-    """A device of this machine: what is measured has to be here. Raises BadParameter."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    remedy = "give one of torch's that this machine has, such as cpu, cuda or cuda:1"
-    try:
-        place = torch.device(name)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without that device
-        raise typer.BadParameter(f"got {name!r}, no device of this machine; {remedy}", param_hint="--device") from error
-    if place.type == "meta":
-        raise typer.BadParameter(f"got {name!r}, which computes nothing; {remedy}", param_hint="--device")
-    return place
 
 
 def _works(
@@ -187,74 +169,6 @@ def _backends(given: list[str] | None, place: torch.device, dispatcher: Attentio
                 text = f"{error}; besides, auto and {BASE_LINE}"
                 raise typer.BadParameter(text, param_hint="--backend") from error
     return tuple(dict.fromkeys((BASE_LINE, *given)))
-
-
-def _packages(backends: Iterable[str], dispatcher: AttentionDispatcher) -> list[str]:
-    """The distributions that the measured backends come from."""
-    strategies = dispatcher.factory.strategies()
-    sources = [source for name in backends if name in strategies for source in strategies[name].sources]
-    names = {getattr(source, "distribution", "") for source in sources} - {"", "torch"}
-    installed = dispatcher.facts.packages or {}
-    return sorted(name for name in names if name in installed)
-
-
-def _check_writable(path: Path, option: str) -> None:
-    """Raise BadParameter before anything is measured for nothing."""
-    if path.is_dir():
-        raise typer.BadParameter(f"got {path}, which is a folder; give the name of a file", param_hint=option)
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        remedy = "give a file in a folder that is there and can be written"
-        raise typer.BadParameter(f"got {path}: {error.strerror}; {remedy}", param_hint=option) from error
-
-
-def _write(path: Path, text: str) -> None:
-    """The whole file or none: readers never see half of it."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        file.write(text)
-    try:
-        mode = path.stat().st_mode if path.exists() else 0o666 & ~_umask()
-        os.chmod(file.name, mode)
-        os.replace(file.name, path)
-    except OSError:
-        os.unlink(file.name)
-        raise
-
-
-def _umask() -> int:
-    """There is no reading it without setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _json(record: dict[str, Any]) -> str:
-    return json.dumps(record, indent=2, allow_nan=False) + "\n"
-
-
-class _Bar(AbstractContextManager["_Bar"]):
-    """A progress bar on stderr where somebody watches; it is gone when the work is done."""
-
-    def __init__(self, steps: int) -> None:
-        console = Console(stderr=True)
-        columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._progress.add_task("", total=steps)
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._progress.stop()
-
-    def step(self, doing: str, steps: int) -> None:
-        """What is being done, and how many steps are done with it."""
-        self._progress.update(self._task, advance=steps, description=doing)
 
 
 def _print(groups: list[Group], written: list[Path]) -> None:

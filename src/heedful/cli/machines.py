@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import typer
 
+from heedful.dispatch import AttentionDispatcher
 from heedful.facts import DeviceFacts, Facts, probe
 
 HELP = "A machine, at hand or not: sm_75, sm_90, gfx942, cpu, mps, xpu, xla; its packages count as installed."
@@ -50,3 +52,27 @@ def machine(name: str | None, option: str = "--device") -> Machine:
         raise typer.BadParameter(f"got {name!r}; {remedy}", param_hint=option)
     facts = Facts.pretend(word)
     return Machine(facts, next(iter(facts.devices.values())), supposed=True)
+
+
+def torch_device(name: str | None) -> torch.device:
+    """A device of this machine: what is measured has to be here. Raises BadParameter."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    remedy = "give one of torch's that this machine has, such as cpu, cuda or cuda:1"
+    try:
+        place = torch.device(name)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without that device
+        raise typer.BadParameter(f"got {name!r}, no device of this machine; {remedy}", param_hint="--device") from error
+    if place.type == "meta":
+        raise typer.BadParameter(f"got {name!r}, which computes nothing; {remedy}", param_hint="--device")
+    return place
+
+
+def packages_of(backends: Iterable[str], dispatcher: AttentionDispatcher) -> list[str]:
+    """The distributions that the measured backends come from."""
+    strategies = dispatcher.factory.strategies()
+    sources = [source for name in backends if name in strategies for source in strategies[name].sources]
+    names = {getattr(source, "distribution", "") for source in sources} - {"", "torch"}
+    installed = dispatcher.facts.packages or {}
+    return sorted(name for name in names if name in installed)

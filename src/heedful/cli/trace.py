@@ -35,7 +35,7 @@ def trace(
         raise typer.BadParameter(f"{script} is no file", param_hint="SCRIPT")
     status = 1
     try:
-        status = run_script(script, arguments or [])
+        status = run_script(str(script), arguments or [])
     finally:
         _finish(out, report)
     if status:

@@ -6,18 +6,19 @@
 ``drawn_samples`` gives Hypothesis problems to draw. Neither pytest nor Hypothesis is imported before it is used.
 """
 
-from heedful.testing.contract import Check, Report, Result, checks, contract, parameters, report, verify
+from heedful.testing.contract import Check, Report, Result, checks, contract, examined, parameters, report, verify
 from heedful.testing.draw import drawn_samples
 from heedful.testing.samples import Sample
 from heedful.testing.subject import Outcome
 from heedful.testing.table import EXHAUSTIVE, SAMPLES
-from heedful.testing.tolerance import ContractBroken, Tolerance
+from heedful.testing.tolerance import ContractBroken, Deviation, Tolerance
 
 __all__ = [
     "EXHAUSTIVE",
     "SAMPLES",
     "Check",
     "ContractBroken",
+    "Deviation",
     "Outcome",
     "Report",
     "Result",
@@ -26,6 +27,7 @@ __all__ = [
     "checks",
     "contract",
     "drawn_samples",
+    "examined",
     "parameters",
     "report",
     "verify",

@@ -15,7 +15,7 @@ from torch import Tensor
 from heedful.errors import Refused
 from heedful.testing.samples import GARBAGE, Built, Sample, logical
 from heedful.testing.subject import Outcome, Subject
-from heedful.testing.tolerance import ContractBroken, check_close, check_similar
+from heedful.testing.tolerance import ContractBroken, Deviation, check_close, check_similar
 
 _SEEDS = {"forward": (0, 1)}  # the second call of a kind runs the memoised plan, on other tensors and other masks
 
@@ -26,20 +26,21 @@ def examine(subject: Subject, sample: Sample, aspect: str) -> Outcome:
         return examine_dropout(subject, sample)
     if aspect == "compile":
         return examine_compiled(subject, sample)
+    found: list[Deviation] = []
     for seed in _SEEDS.get(aspect, (0,)):
-        built = sample.build(subject.device, needs_grad=aspect in {"gradient", "both"}, seed=seed)
+        built = sample.build(subject.device, needs_grad=aspect in {"gradient", "both"}, seed=subject.seed + seed)
         arguments = built.arguments | ({"return_lse": True} if aspect in {"lse", "both"} else {})
         outcome = _refusal(subject, built, arguments)
         if outcome is not None:
             return outcome
         for asked in _poisoned(subject, built, arguments) if aspect == "garbage" else (built,):
             try:
-                _ask(subject, asked, built, arguments)
+                found += _ask(subject, asked, built, arguments)
             except Refused as refused:  # by its own look at the tensors, at the call
                 return _own_refusal(subject, refused)
         if seed == 0 and aspect in {"forward", "gradient"}:
-            _ask_alone(subject, built, arguments)
-    return Outcome()
+            found += _ask_alone(subject, built, arguments)
+    return Outcome(deviations=tuple(found))
 
 
 def _poisoned(subject: Subject, built: Built, arguments: dict[str, Any]) -> list[Built]:
@@ -69,25 +70,26 @@ def _own_refusal(subject: Subject, refused: Refused) -> Outcome:
     return Outcome(reasons)
 
 
-def _ask(subject: Subject, asked: Built, clean: Built, arguments: dict[str, Any]) -> None:
+def _ask(subject: Subject, asked: Built, clean: Built, arguments: dict[str, Any]) -> tuple[Deviation, ...]:
     """Ask with the tensors of ``asked``, judge by ``clean``, and look that nothing that was given was changed."""
     inputs = [*asked.tensors, *_tensors_of(asked)]
     copies = [tensor.detach().clone() for tensor in inputs]
     versions = [None if tensor.is_inference() else tensor._version for tensor in inputs]
     with asked.surroundings():
         answer = subject.dispatcher.attention(*asked.tensors, **arguments, backend=subject.name)
-    check_answer(subject, clean, arguments, answer)
+    found = check_answer(subject, clean, arguments, answer)
     for tensor, copy, version in zip(inputs, copies, versions, strict=True):
         if not torch.allclose(tensor, copy, 0, 0, equal_nan=True) or (
             version is not None and tensor._version != version
         ):
             raise ContractBroken(f"{subject.name} changed an input of shape {tuple(tensor.shape)} in place")
+    return found
 
 
-def _ask_alone(subject: Subject, built: Built, arguments: dict[str, Any]) -> None:
+def _ask_alone(subject: Subject, built: Built, arguments: dict[str, Any]) -> tuple[Deviation, ...]:
     """Ask the strategy without any lowering: it must answer rightly within its bare limits, and refuse beyond."""
     if built.sample.is_empty and subject.strategy.has_own_validation():  # it may trust the dispatcher with these
-        return
+        return ()
     machine: dict[str, Any] = {} if subject.machine is None else {"facts": subject.machine}
     strategy, call = subject.strategy, dict(zip(("query", "key", "value"), built.tensors, strict=True)) | arguments
     with built.surroundings():
@@ -95,9 +97,9 @@ def _ask_alone(subject: Subject, built: Built, arguments: dict[str, Any]) -> Non
             strategy.validate_constraints(**call, **machine)
         except Refused:
             _check_that_it_refuses(subject, call | machine)
-            return
+            return ()
         answer = strategy.validate_and_compute(**call, **machine)
-    check_answer(subject, built, arguments, answer)
+    return check_answer(subject, built, arguments, answer)
 
 
 def _check_that_it_refuses(subject: Subject, call: dict[str, Any]) -> None:
@@ -110,20 +112,22 @@ def _check_that_it_refuses(subject: Subject, call: dict[str, Any]) -> None:
 
 def check_answer(
     subject: Subject, built: Built, arguments: dict[str, Any], answer: Any, drop: Tensor | None = None
-) -> None:
-    """Raise ContractBroken unless form and numbers of an answer, and of its gradients, are those of the oracle."""
+) -> tuple[Deviation, ...]:
+    """How far an answer and its gradients are from the oracle's. Raises ContractBroken for what is too far, or of
+    another form.
+    """
     out, lse = answer if arguments.get("return_lse") else (answer, None)
     out, lse = _in_form(built, out, lse)
     narrow = torch.float32 if built.dtype == torch.float64 else built.dtype
     want, want_lse, leaves = built.answer(torch.float64, drop)
     naive, naive_lse, naive_leaves = built.answer(narrow, drop)
-    _check(subject, built, "the output", out.detach(), want.detach(), naive.detach())
+    deviations = [_check(subject, built, "the output", out.detach(), want.detach(), naive.detach())]
     empty = want_lse == -math.inf
     if out.detach()[empty].any():
         raise ContractBroken("the output of a query that sees no key is not zero")
     if lse is not None:
         dtype = torch.float32 if built.dtype == torch.float64 else built.dtype
-        _check(subject, built, "the LSE", lse, want_lse, naive_lse, dtype)
+        deviations.append(_check(subject, built, "the LSE", lse, want_lse, naive_lse, dtype))
     if built.leaves:
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
         weights = weights.to(out.device).to(out.dtype)
@@ -134,7 +138,9 @@ def check_answer(
             what = f"the gradient of a {leaf.dtype} input of shape {tuple(leaf.shape)}"
             if got.dtype != leaf.dtype:
                 raise ContractBroken(f"{what} is {got.dtype}")
-            _check(subject, built, what, got, right.double(), rough, terms=built.summed_into(leaf))
+            terms = built.summed_into(leaf)
+            deviations.append(_check(subject, built, what, got, right.double(), rough, terms=terms))
+    return tuple(deviations)
 
 
 def _in_form(built: Built, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -162,13 +168,12 @@ def _check(
     naive: Tensor,
     dtype: torch.dtype | None = None,
     terms: int = 1,
-) -> None:
+) -> Deviation:
     if not subject.is_exact:
         finite = want.isfinite()
-        check_similar(what, got[finite], want[finite], subject.tolerance)
-        return
+        return check_similar(what, got[finite], want[finite], subject.tolerance)
     factor = 3.0 if "softcap" in built.sample.call else 2.0
-    check_close(what, got, want, naive, dtype or built.dtype, factor, terms)
+    return check_close(what, got, want, naive, dtype or built.dtype, factor, terms)
 
 
 def _tensors_of(built: Built) -> list[Tensor]:
@@ -185,7 +190,7 @@ def examine_compiled(subject: Subject, sample: Sample) -> Outcome:
     """The call under torch.compile, traced whole; the kernel itself is not compiled (backend "eager")."""
     from heedful.problem import AttentionProblem
 
-    built = sample.build(subject.device)
+    built = sample.build(subject.device, seed=subject.seed)
     arguments = built.arguments
     problem: AttentionProblem = subject.dispatcher.explain(*built.tensors, **arguments, backend=subject.name).problem
     plan = subject.dispatcher.plan(problem.replace(compiling=True), subject.name)
@@ -206,8 +211,7 @@ def examine_compiled(subject: Subject, sample: Sample) -> Outcome:
                 raise
             return Outcome(plan.verdicts[0].refusals)
         raise ContractBroken(f"{name} refuses tracing, and the traced call gives an answer")
-    check_answer(subject, built, arguments, compiled(*built.tensors))
-    return Outcome()
+    return Outcome(deviations=check_answer(subject, built, arguments, compiled(*built.tensors)))
 
 
 def examine_dropout(subject: Subject, sample: Sample) -> Outcome:
@@ -219,12 +223,12 @@ def examine_dropout(subject: Subject, sample: Sample) -> Outcome:
     wants = [aspect for aspect in sample.aspects if aspect != "dropout"] or ["forward"]
     outcome = Outcome()
     for aspect in wants:
-        built = _showing_weights(sample.build(subject.device, needs_grad=aspect == "gradient"))
+        built = _showing_weights(sample.build(subject.device, needs_grad=aspect == "gradient", seed=subject.seed))
         arguments = built.arguments | ({"return_lse": True} if aspect == "lse" else {})
         refusal = _refusal(subject, built, arguments)
-        if refusal is None:
-            _check_dropout(subject, built, arguments)
-        outcome = refusal or outcome
+        found = () if refusal is not None else _check_dropout(subject, built, arguments)
+        refused = outcome.refused if refusal is None else refusal.refused
+        outcome = Outcome(refused, (*outcome.deviations, *found))
     return outcome
 
 
@@ -240,7 +244,7 @@ def _showing_weights(built: Built) -> Built:
     return replace(built, tensors=(query, key, shown))
 
 
-def _check_dropout(subject: Subject, built: Built, arguments: dict[str, Any]) -> None:
+def _check_dropout(subject: Subject, built: Built, arguments: dict[str, Any]) -> tuple[Deviation, ...]:
     drop_p = built.sample.call["dropout_p"]
     first, second, again = (_seeded(subject, built, arguments, seed) for seed in (0, 1, 0))
     outs = [a[0] if arguments.get("return_lse") else a for a in (first, second, again)]
@@ -257,7 +261,7 @@ def _check_dropout(subject: Subject, built: Built, arguments: dict[str, Any]) ->
     if abs(dropped / count - drop_p) > limit:
         raise ContractBroken(f"{dropped / count:.4f} of the weights are dropped, not {drop_p} ± {limit:.4f}")
     factor = 1.0 / (1.0 - drop_p) if drop_p < 1 else 0.0
-    check_answer(subject, built, arguments, first, drop=kept * factor)
+    return check_answer(subject, built, arguments, first, drop=kept * factor)
 
 
 def _seeded(subject: Subject, built: Built, arguments: dict[str, Any], seed: int) -> Any:

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 
 from heedful.errors import HeedfulError
+from heedful.factory import AttentionStrategyFactory
 from heedful.facts import Facts
+from heedful.refusal import Refusal
 from heedful.select import judge
 from heedful.strategy import AttentionStrategy, Pin
 from heedful.testing.checks import examine
 from heedful.testing.samples import Sample
 from heedful.testing.subject import MACHINE, Outcome, Subject, asked_for, check_declaration, declared, devices_here
 from heedful.testing.table import EXHAUSTIVE, PLAIN, SAMPLES
-from heedful.testing.tolerance import ContractBroken, Tolerance
+from heedful.testing.tolerance import ContractBroken, Deviation, Tolerance
 
 _PRETENDED = {"cpu": (None,), "cuda": ((7, 5), (8, 0), (9, 0), (10, 0))}
 
@@ -38,10 +40,14 @@ class Check:
     slow: bool = False
 
     @property
+    def name(self) -> str:
+        """The check's name, whatever the strategy and the device, such as ``window-(2,0)-lse``."""
+        return self.aspect if self.sample is None else f"{self.sample.name}-{self.aspect}"
+
+    @property
     def id(self) -> str:
-        """The check's name, such as ``native-cpu-window-(2,0)-lse``."""
-        middle = [self.sample.name] if self.sample is not None else []
-        return "-".join([self.subject.name, self.subject.device, *middle, self.aspect])
+        """The name in full, such as ``native-cpu-window-(2,0)-lse``."""
+        return f"{self.subject.name}-{self.subject.device}-{self.name}"
 
     def run(self) -> Outcome:
         """Right, or refused; raises ContractBroken, or what the strategy raised."""
@@ -57,16 +63,18 @@ def checks(
     samples: Iterable[Sample] | None = None,
     tolerance: Tolerance | None = None,
     machine: Facts | None = None,
+    seed: int = 0,
 ) -> tuple[Check, ...]:
     """All checks of a strategy, given as a class or by its registered name.
 
     ``devices``: torch's types, by default all here. ``samples``: instead of the table's. ``tolerance``: what a strategy
-    that is not exact is held to. ``machine``: facts to judge by, such as those of a GPU that a stand-in of the
-    strategy's package plays on the CPU. On a device that the limits do not name, one check says so.
+    that is not exact is held to, by default what goes with the ``relative_error`` that it declares. ``machine``: facts
+    to judge by, such as those of a GPU that a stand-in of the strategy's package plays on the CPU. ``seed``: of the
+    tensors that are drawn. On a device that the limits do not name, one check says so.
     """
     every: list[Check] = []
     for device in devices_here() if devices is None else devices:
-        subject = Subject.of(strategy, device, tolerance or Tolerance(), machine)
+        subject = Subject.of(strategy, device, tolerance or _declared(strategy), machine, seed)
         every.append(Check(subject, "declaration"))
         every.append(Check(subject, "device"))
         if _plain_refusals(subject) & MACHINE:
@@ -80,6 +88,11 @@ def checks(
         for one in _asked(subject) if samples is None else samples:
             every += [Check(subject, aspect, one) for aspect in _aspects(one)]
     return tuple(every)
+
+
+def _declared(strategy: type[AttentionStrategy] | str) -> Tolerance:
+    kind = AttentionStrategyFactory.create_strategy(strategy) if isinstance(strategy, str) else strategy
+    return Tolerance.of(kind.relative_error)
 
 
 def _asked(subject: Subject) -> tuple[Sample, ...]:
@@ -176,11 +189,16 @@ _WHOLE = {
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a check: ``right``, ``refused`` (``detail`` names the limits) or ``wrong`` (what is wrong)."""
+    """What became of a check: ``right``, ``refused`` (``detail`` names the limits) or ``wrong`` (what is wrong).
+
+    ``deviation``: the one that came nearest to what is allowed, or the one that is beyond it.
+    """
 
     check: str
     outcome: str
     detail: str = ""
+    refusals: tuple[Refusal, ...] = ()
+    deviation: Deviation | None = None
 
 
 @dataclass(frozen=True)
@@ -206,21 +224,33 @@ class Report:
         return "\n".join(lines + [f"  {one.check}: {one.detail}" for one in self.wrong])
 
 
-def verify(strategy: type[AttentionStrategy] | str, *, slow: bool = False, **choice: Any) -> Report:
-    """Run the contract without pytest. ``choice``: see ``checks``; ``slow``: with all samples in every dtype."""
-    results = [_result(check) for check in checks(strategy, **choice) if slow or not check.slow]
+def verify(
+    strategy: type[AttentionStrategy] | str, *, slow: bool = False, only: Iterable[str] = (), **choice: Any
+) -> Report:
+    """Run the contract without pytest. ``choice``: see ``checks``.
+
+    ``slow``: with all samples in every dtype. ``only``: the checks of these names, such as ``window-(2,0)-lse``, and no
+    others; a name that no check has is a ValueError.
+    """
+    names, every = set(only), checks(strategy, **choice)
+    if unknown := names - {check.name for check in every}:
+        raise ValueError(f"only: no check is called {', '.join(sorted(unknown))}")
+    wanted = [one for one in every if one.name in names or (not names and (slow or not one.slow))]
+    results = [examined(check) for check in wanted]
     name = strategy if isinstance(strategy, str) else strategy.name or strategy.__name__
     return Report(name, tuple(results))
 
 
-def _result(check: Check) -> Result:
+def examined(check: Check) -> Result:
+    """What becomes of a check; whatever a strategy raises is no answer and no refusal."""
     try:
         outcome = check.run()
     except (ContractBroken, HeedfulError) as error:
-        return Result(check.id, "wrong", str(error))
-    except Exception as error:  # whatever a strategy raises is no answer and no refusal
+        return Result(check.id, "wrong", str(error), deviation=getattr(error, "deviation", None))
+    except Exception as error:
         return Result(check.id, "wrong", f"{type(error).__name__}: {error}")
-    return Result(check.id, "refused" if outcome.refused else "right", str(outcome))
+    word = "refused" if outcome.refused else "right"
+    return Result(check.id, word, str(outcome), outcome.refused, outcome.worst)
 
 
 def parameters(strategy: type[AttentionStrategy] | str, **choice: Any) -> list[Any]:

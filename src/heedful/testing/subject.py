@@ -17,7 +17,7 @@ from heedful.problem import LAYOUTS, AttentionProblem
 from heedful.refusal import Refusal
 from heedful.select import Plan
 from heedful.strategy import ALL_MASKS, AttentionStrategy, Limits, Pin
-from heedful.testing.tolerance import ContractBroken, Tolerance
+from heedful.testing.tolerance import ContractBroken, Deviation, Tolerance
 
 # What lowerings rewrite away, whatever the kernel: it is never a reason in the end.
 _ALWAYS_MENDED = frozenset(
@@ -31,9 +31,18 @@ MACHINE = frozenset(
 
 @dataclass(frozen=True)
 class Outcome:
-    """``right``, or ``refused`` with the limits that the call breaks. A wrong answer raises ContractBroken."""
+    """``right``, or ``refused`` with the limits that the call breaks. A wrong answer raises ContractBroken.
+
+    ``deviations``: how far each right answer was from the formula.
+    """
 
     refused: tuple[Refusal, ...] = ()
+    deviations: tuple[Deviation, ...] = ()
+
+    @property
+    def worst(self) -> Deviation | None:
+        """The deviation that comes nearest to what is allowed."""
+        return max(self.deviations, key=lambda one: one.units, default=None)
 
     def __str__(self) -> str:
         return "; ".join(f"{one.field} (takes {one.required})" for one in self.refused) or "right"
@@ -41,7 +50,7 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A strategy on a device. ``dispatcher`` knows no other strategy."""
+    """A strategy on a device. ``dispatcher`` knows no other strategy. ``seed``: of the first tensors that are drawn."""
 
     name: str
     strategy: AttentionStrategy
@@ -49,6 +58,7 @@ class Subject:
     dispatcher: AttentionDispatcher
     tolerance: Tolerance
     machine: Facts | None = None
+    seed: int = 0
 
     @classmethod
     def of(
@@ -57,6 +67,7 @@ class Subject:
         device: str,
         tolerance: Tolerance,
         machine: Facts | None = None,
+        seed: int = 0,
     ) -> Subject:
         """The strategy, given as a class or by a name or alias in the default registry, under its own name.
 
@@ -71,7 +82,7 @@ class Subject:
         # The contract judges by itself, and wants to see wrong answers.
         policy = Policy(downloads=Policy.from_environment().downloads, guard="off")
         dispatcher = AttentionDispatcher(factory, facts=machine, policy=policy)
-        return cls(name, factory.create_strategy(name), device, dispatcher, tolerance, machine)
+        return cls(name, factory.create_strategy(name), device, dispatcher, tolerance, machine, seed)
 
     @property
     def kind_of_device(self) -> str:

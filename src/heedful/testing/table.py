@@ -123,7 +123,9 @@ def _biases() -> Iterator[Sample]:
     # The output alone: no float32 holds the LSE of such a row, from which kernels work out the gradient.
     yield _of("bias-1e9-full-row-float16", dtype=half, mask=(replace(huge, full_row=True),), aspects=("forward",))
     yield _of("bias-1e9-full-row-float32", mask=(replace(huge, full_row=True),), aspects=("forward",))
-    yield _of("bias-1e4-full-row", mask=(replace(huge, lowest=-1e4, full_row=True),))
+    # An LSE near -1e4 is right to 5e-4 in float32, and the gradient worked out from it no better: whether that is
+    # within the rule is luck of the draw (CPU flash of torch 2.13: 1.3 times what is allowed under seed 1).
+    yield _of("bias-1e4-full-row", mask=(replace(huge, lowest=-1e4, full_row=True),), aspects=OUT)
     yield _of("bias-lowest-float16", dtype=half, mask=(Float(hidden=0.4, lowest=-65504.0),))
     yield _of("bias-learnt-infinite", mask=(Float(hidden=0.3, needs_grad=True),))
     yield _of("bias-learnt-alone", mask=(Float(needs_grad=True),), wants_grad=(), aspects=("gradient",))

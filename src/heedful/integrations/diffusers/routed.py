@@ -32,6 +32,7 @@ from heedful.integrations.diffusers.meaning import extras_of
 from heedful.integrations.diffusers.names import plain, spelling
 from heedful.models import reset_attention_backend, set_attention_backend
 from heedful.policy import current_wish, mirror, scope
+from heedful.routing import Route
 
 _log = logging.getLogger("heedful")
 _compiling = torch.compiler.is_compiling
@@ -45,7 +46,7 @@ def dispatch(
 ) -> Any:
     """``dispatch_attention_fn``. ``registry`` is diffusers' own; ``operands`` are query to enable_gqa."""
     extras = {} if attention_kwargs is None else extras_of(attention_kwargs)
-    if mirror.route is not None:  # its wish is the innermost scope
+    if isinstance(mirror.route, Route):  # its wish is the innermost scope
         backend = None
     elif backend is None:
         backend = _inherited(registry)
