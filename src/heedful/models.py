@@ -116,7 +116,7 @@ def reset_attention_backend(model_or_pipeline: Any, replaced: Literal["restore",
         raise InvalidArgument("replaced", repr(replaced), "give 'restore' or 'keep'")
     routes = _routes(model_or_pipeline)
     _undo(routes, replaced == "restore")
-    for _, _, module in _modules(model_or_pipeline):
+    for _, _, module in modules(model_or_pipeline):
         for done in reversed(vars(module).pop(UNDO, [])):
             done.undo()
     return len(routes)
@@ -185,7 +185,7 @@ def _standing(route: Route | None) -> Route | None:
 
 
 def _routes(model: Any) -> list[Route]:
-    return [route for _, _, module in _modules(model) if (route := route_of(module))]
+    return [route for _, _, module in modules(model) if (route := route_of(module))]
 
 
 def _undo(routes: Iterable[Route], restore: bool) -> None:
@@ -245,7 +245,7 @@ def components(model: Any) -> Iterator[tuple[str, nn.Module]]:
                 yield f"{name}.{index}" if isinstance(part, (list, tuple)) else name, one
 
 
-def _modules(model: Any) -> Iterator[tuple[str, str, nn.Module]]:
+def modules(model: Any) -> Iterator[tuple[str, str, nn.Module]]:
     """Every module once, with its path and component; torch.compile's wrappers leave no trace in the path."""
     seen: set[nn.Module] = set()
     for component, root in components(model):
@@ -257,7 +257,7 @@ def _layers(model: Any) -> Iterator[Found]:
     """The attention layers. Within an encoder or an autoencoder a layer's role is that of the innermost."""
     adapters = [importlib.import_module(name) for library, name in ADAPTERS if library in sys.modules]
     homes: list[tuple[str, str]] = []  # the modules around this one that give a role, and it
-    for path, component, module in _modules(model):
+    for path, component, module in modules(model):
         homes = [(around, role) for around, role in homes if not around or path.startswith(f"{around}.")]
         home = next((role for adapter in adapters if (role := adapter.home_role(module))), "")
         if home:
@@ -273,7 +273,7 @@ def _planned(model: Any, rules: Sequence[Rule], default: Wish | None) -> list[Ro
     if not found:
         asked = ", ".join(library for library, _ in ADAPTERS if library in sys.modules)
         raise NothingCovered(
-            f"{type(model).__name__} has no attention layer: none of its {sum(1 for _ in _modules(model))} modules is "
+            f"{type(model).__name__} has no attention layer: none of its {sum(1 for _ in modules(model))} modules is "
             f"one by the rules of {asked}, such as an attention class with a processor, or a forward that calls SDPA"
         )
     check_that_all_decide(rules, [(path, layer.role) for path, _, _, layer in found])

@@ -23,7 +23,8 @@ from heedful.factory import AttentionStrategyFactory
 from heedful.integrations.diffusers.names import plain
 from heedful.integrations.diffusers.switch_status import OFF, Cause, FlashStatus, language_of, status_of
 from heedful.layer_report import LayerReport, wish_text
-from heedful.models import attention_report, set_attention_backend
+from heedful.models import attention_report, modules, set_attention_backend
+from heedful.models import components as components_of
 from heedful.policy import Wish, as_wish
 from heedful.problem import problem_for_shapes
 from heedful.routing import Order, Route, route_of
@@ -130,28 +131,8 @@ class _Again:
         return flash_status(pipeline, language)
 
 
-def _parts(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The components that are modules, by name; a module by itself under no name."""
-    if isinstance(pipeline, nn.Module):
-        yield "", pipeline
-        return
-    for name, part in getattr(pipeline, "components", {}).items():
-        if isinstance(part, (list, tuple)):
-            yield from ((f"{name}.{place}", one) for place, one in enumerate(part) if isinstance(one, nn.Module))
-        elif isinstance(part, nn.Module):
-            yield name, part
-
-
-def _modules(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Every module by its path, as reports have it."""
-    seen: set[nn.Module] = set()
-    for name, root in _parts(pipeline):
-        for inner, module in root.named_modules(memo=seen):
-            yield ".".join(filter(None, (name, inner))).replace("_orig_mod.", ""), module
-
-
 def _routes(pipeline: Any) -> Iterator[tuple[str, Route]]:
-    for path, module in _modules(pipeline):
+    for path, _, module in modules(pipeline):
         route = route_of(module)
         if route is not None:
             yield path, route
@@ -215,14 +196,14 @@ def _requested(origin: str) -> str:
 
 def _paths(pipeline: Any, components: Iterable[str] | None) -> list[str]:
     """The layers to switch. Raises InvalidArgument and NothingCovered."""
-    parts = dict(_parts(pipeline))
+    parts = dict(components_of(pipeline))
     named = None if components is None else [components] if isinstance(components, str) else list(components)
     for name in named or ():
         if name not in parts or _is_vae(parts[name]):
             able = ", ".join(repr(known) for known, part in parts.items() if not _is_vae(part))
             raise InvalidArgument("components", repr(name), f"give names out of {able}; a VAE has no flash kernel")
     rows = attention_report(pipeline)
-    vaes = tuple(path for path, module in _modules(pipeline) if _is_vae(module))
+    vaes = tuple(path for path, _, module in modules(pipeline) if _is_vae(module))
     chosen = [row.path for row in rows if _is_switched(row, parts, named) and not _is_within(row.path, vaes)]
     if not chosen:
         found = "; ".join(sorted({f"{row.component or row.path}: {row.module}" for row in rows})) or "none"
@@ -314,7 +295,8 @@ def _place(pipeline: Any, module: nn.Module) -> tuple[torch.dtype, torch.device]
     device = torch.device("cpu") if first is None else first.device
     if device.type in ("cpu", "meta"):
         device = torch.device(getattr(pipeline, "_execution_device", None) or device)
-    return _dtype(module) or next(filter(None, (_dtype(root) for _, root in _parts(pipeline))), torch.float32), device
+    roots = (_dtype(root) for _, root in components_of(pipeline))
+    return _dtype(module) or next(filter(None, roots), torch.float32), device
 
 
 def _dtype(module: nn.Module) -> torch.dtype | None:
