@@ -126,6 +126,11 @@ def test_without_a_name_it_is_every_backend(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGINT for one process on Windows")
+def _hears_ctrl_c() -> None:
+    """What a shell starts in the background ignores it, and hands that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_prints_what_was_found(plugins: str, tmp_path: Path) -> None:
     mark = tmp_path / "hanging"
     arguments = ["verify", "--plugin", f"{plugins}:Hangs", *only("head-dim-32-forward", "head-dim-40-forward")]
@@ -135,6 +140,7 @@ def test_ctrl_c_prints_what_was_found(plugins: str, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **WIDE, "HANGING": str(mark)},
+        preexec_fn=_hears_ctrl_c,
     )
     try:
         while not mark.exists() and started.poll() is None:
