@@ -1,6 +1,6 @@
 # Everything starts here: `make demo` and `make test` set themselves up, in .venv and nowhere else.
 #
-#   make test ARGS="-k masks -x"        hands ARGS to pytest; likewise for demo, bench, gpu-test, check, check-all
+#   make test ARGS="-k masks -x"        hands ARGS to pytest; likewise for demo, bench, gpu-test, gpu-bench, check, check-all
 #   make setup PYTHON=python3.12        makes .venv with another Python (>= 3.10)
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup       torch without CUDA, much smaller
 
@@ -16,7 +16,7 @@ PYTEST := $(PY) -m pytest -n $(WORKERS) --maxprocesses=4 --dist=worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test gpu-test check check-all lint bench bench-masks clean
+.PHONY: help setup demo test gpu-test check check-all lint bench bench-masks gpu-bench aot clean
 
 help:  ## print this list
 	@awk -F ':.*## +' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +33,7 @@ test: $(STAMP)  ## run the tests, without the slow proofs
 	@$(PYTEST) -m "not slow" $(ARGS)
 
 gpu-test: $(STAMP)  ## run the contract on the GPU here, and write benchmarks/results/<device>/contract.json
-	@$(PYTEST) tests/gpu --record benchmarks/results -m "gpu and not slow" $(ARGS)
+	@$(PYTEST) tests/gpu tests/kernels/on_device --record benchmarks/results -m "gpu and not slow" $(ARGS)
 
 check: lint  ## ruff, mypy and the tests without the slow proofs: what CI runs
 	@$(PYTEST) -m "not slow" $(ARGS)
@@ -48,11 +48,16 @@ lint: $(STAMP)
 
 bench: BENCHMARKS := overhead routing import_time guard regret
 bench-masks: BENCHMARKS := padding masks lowerings
+gpu-bench: BENCHMARKS := kernels
 
 bench: $(STAMP)  ## measure what calls cost, and what auto's choices lose and win (ARGS="--quick" tries it)
 bench-masks: $(STAMP)  ## measure what padding, masks and rewrites cost
-bench bench-masks:
+gpu-bench: $(STAMP)  ## measure our own kernels beside every other backend on the GPU here, and write kernels.json
+bench bench-masks gpu-bench:
 	@status=0; for name in $(BENCHMARKS); do $(PY) benchmarks/$$name.py $(ARGS) || status=1; done; exit $$status
+
+aot: $(STAMP)  ## compile our own kernels for GPUs that are not here: registers, shared memory, spills
+	@$(PY) benchmarks/aot.py $(ARGS)
 
 clean:  ## remove caches and builds (.venv stays: rm -rf .venv removes it)
 	@rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from torch import Tensor
 
-from heedful.measuring import machine_record
+from heedful.measuring import folder_name, machine_record
 from heedful.measuring import ratio as ratio  # for the benchmarks
 from heedful.measuring import spoken as of_seconds
 
@@ -192,17 +192,28 @@ def machine(*packages: str) -> dict[str, Any]:
 
 def finish(name: str, record: dict[str, Any], tables: Iterable[Table], wanted: argparse.Namespace) -> None:
     """Print the tables, or the record as JSON, and save it in the folder wanted, or that of this machine's size."""
-    text = json.dumps(record, indent=2, allow_nan=False)
-    if wanted.json:
-        print(text)
-    else:
-        console = Console()
-        for table in tables:
-            console.print(table)
-    if wanted.no_save or (wanted.quick and wanted.out is None):
+    show(record, tables, wanted)
+    path = path_of(name, record["machine"], wanted)
+    if path is None:
         return
-    folder = wanted.out or RESULTS / f"cpu-{record['machine']['cores']}core"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(text + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     print(f"written to {path}", file=sys.stderr)
+
+
+def show(record: dict[str, Any], tables: Iterable[Table], wanted: argparse.Namespace) -> None:
+    """Print the tables, or the record as JSON."""
+    if wanted.json:
+        print(json.dumps(record, indent=2, allow_nan=False))
+        return
+    console = Console()
+    for table in tables:
+        console.print(table)
+
+
+def path_of(name: str, machine: dict[str, Any], wanted: argparse.Namespace) -> Path | None:
+    """Where a record is saved: in the folder wanted, or that of the GPU, or of the CPU's size; None where nowhere."""
+    if wanted.no_save or (wanted.quick and wanted.out is None):
+        return None
+    device = folder_name(machine["gpu"]) if "gpu" in machine else f"cpu-{machine['cores']}core"
+    return (wanted.out or RESULTS / device) / f"{name}.json"

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 
 from heedful import AttentionStrategy, AttentionStrategyFactory, Limits
+from heedful.facts import DeviceFacts
+from heedful.problem import problem_for_shapes
 from heedful.sources import Source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,9 +58,17 @@ def where(strategy: AttentionStrategy, words: Mapping[str, str]) -> str:
     every = limits_of(strategy)
     if any("*" in limits.devices for limits in every):
         return words["everywhere"]
-    return words["and"].join(
-        place for limits in every for device in limits.devices for place in _at(device, limits, words)
-    )
+    places = [place for limits in every for device in limits.devices for place in _at(device, limits, words)]
+    if "CPU" in places and _refuses_a_cpu(strategy):
+        places = [place for place in places if place != "CPU"]
+    return words["and"].join(places)
+
+
+def _refuses_a_cpu(strategy: AttentionStrategy) -> bool:
+    """Whether it takes a CPU's tensors only where something plays the GPU, as Triton's interpreter does for tests."""
+    shape = (1, 1, 16, 64)
+    plain = problem_for_shapes(shape, shape, shape, dtype=torch.float32, device=DeviceFacts("cpu", "cpu"))
+    return any(refusal.field == "device" for refusal in strategy.refusals(plain))
 
 
 def _at(device: str, limits: Limits, words: Mapping[str, str]) -> list[str]:
@@ -140,12 +150,12 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def renewed(text: str, table: str) -> str:
+def renewed(text: str, table: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """A guide's text with the table between its marks. Raises ValueError where a mark is missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise ValueError(f"the marks are missing: {BEGIN} and {END}")
+        raise ValueError(f"the marks are missing: {marks[0]} and {marks[1]}")
     return f"{before}{begin}\n{table}\n{end}{after}"
 
 

@@ -115,9 +115,18 @@ def test_no_modules_import_each_other_in_a_circle():
 @pytest.mark.parametrize("module", MODULES)
 def test_packages_other_than_torch_are_imported_by_functions(module):
     known = {"heedful", "torch", *sys.stdlib_module_names}
+    if group(module) == "kernels":  # a Triton kernel is decorated at module level
+        known.add("triton")
     outside = {name for name, level in imports(module) if level == "module" and name.split(".")[0] not in known}
     if group(module) not in COMMANDS:
         assert outside == set()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_kernels_are_imported_by_functions_alone(module):
+    """Or ``import heedful`` and the scan for strategies would import triton."""
+    if group(module) != "kernels":
+        assert [name for name, level in imports(module) if group(name) == "kernels" and level == "module"] == []
 
 
 @pytest.mark.parametrize("lazy", ["demo", "bench"])
@@ -157,9 +166,11 @@ def test_the_world_is_not_probed_by_failing(module):
     assert not caught & {"ImportError", "ModuleNotFoundError", "everything"} or group(module) in COMMANDS
 
 
-def test_the_environment_is_read_in_one_place_beside_the_hub_librarys_own_variable():
+def test_the_environment_is_read_in_one_place_beside_the_variables_of_other_libraries():
     readers = {module for module, path in MODULES.items() if "os.environ" in path.read_text("utf-8")}
-    assert readers == {"heedful.policy", "heedful.sources", "heedful.doctor.look"}  # the doctor reads it as a fact
+    # The doctor reads it as a fact.
+    assert readers == {"heedful.policy", "heedful.sources", "heedful.facts", "heedful.doctor.look"}
+    assert (ROOT / "facts.py").read_text("utf-8").count("os.environ") == 1  # TRITON_INTERPRET, as Triton reads it
     assert (ROOT / "sources.py").read_text("utf-8").count("os.environ") == 1  # LOCAL_KERNELS, as `kernels` reads it
 
 

@@ -285,3 +285,110 @@ def test_a_store_whose_writing_takes_long_holds_up_no_call(tmp_path, monkeypatch
     dispatcher.attention(QUERY, QUERY, QUERY)  # while the writer is stuck
     done.set()
     dispatcher.experience.finish()
+
+
+# A strategy's own choices, such as tiles
+
+
+class Tiled(Plain):
+    """Remembers which choice each call went by; ``large`` cannot run."""
+
+    used = []
+
+    def tunable(self, problem):
+        return {"forward": f"tiles {problem.head_dim}"}
+
+    def compute_attention(self, query, key, value, *, tuning=None, **kwargs):
+        label = None if tuning is None else tuning.get("forward")
+        if label == "large":
+            tuning.drop("forward", label, "out of resource:\nshared memory")
+            label = None
+        self.used.append(label)
+        return super().compute_attention(query, key, value, **kwargs)
+
+
+def tiled(**policy):
+    factory = AttentionStrategyFactory(packages=(), plugins=False)
+    factory.register_strategy("tiled", type("tiled", (Tiled,), {"used": []}))
+    made = AttentionDispatcher(factory, policy=Policy({"*": ("tiled",)}, **{"tune": "ahead", **policy}))
+    return made, factory.create_strategy("tiled").used
+
+
+def measure_choices(dispatcher, count=2, key="tiles 64", **seconds):
+    for window in windows(**seconds)[:count]:
+        dispatcher.experience.store(CPU).add_window(key, window)
+
+
+def test_a_choice_that_is_settled_is_handed_to_the_strategy_and_told(tmp_path):
+    dispatcher, _ = tiled(cache=tmp_path)
+    measure_choices(dispatcher, small=2e-3, wide=1e-3)
+    for backend in (None, "tiled"):  # a process later, by auto and by name
+        later, used = tiled(cache=tmp_path)
+        plan = later.explain(QUERY, QUERY, QUERY, backend=backend)
+        assert plan.tuned == {"forward": "wide"}
+        assert "forward by wide" in str(plan)
+        later.attention(QUERY, QUERY, QUERY, backend=backend)
+        assert used == ["wide"]
+
+
+@pytest.mark.parametrize("policy", [{"tune": "off"}, {}, {"tune": "live"}], ids=str)
+def test_without_two_windows_that_agree_or_with_the_policy_off_the_default_is_taken(policy):
+    dispatcher, used = tiled(**policy)
+    measure_choices(dispatcher, count=2 if policy.get("tune") == "off" else 1, wide=1e-3)
+    measure_choices(dispatcher, key="tiles 128", wide=1e-3)
+    dispatcher.attention(QUERY, QUERY, QUERY)
+    assert used == [None]
+    assert dispatcher.explain(QUERY, QUERY, QUERY).tuned == {}
+
+
+def test_a_choice_that_is_shipped_counts_until_one_is_measured_here(monkeypatch):
+    record = Record(tuple(windows("theirs", theirs=1e-3)))
+    monkeypatch.setattr(module, "shipped_for", lambda _: {"tiles 64": record})
+    dispatcher, used = tiled()
+    dispatcher.attention(QUERY, QUERY, QUERY)
+    measure_choices(dispatcher, ours=1e-3)
+    dispatcher.forget_plans()
+    dispatcher.attention(QUERY, QUERY, QUERY)
+    assert used == ["theirs", "ours"]
+
+
+def test_a_choice_that_cannot_run_costs_one_warning_and_is_quarantined(tmp_path, caplog):
+    dispatcher, used = tiled(cache=tmp_path)
+    measure_choices(dispatcher, large=1e-3, wide=2e-3)
+    for _ in range(3):
+        dispatcher.attention(QUERY, QUERY, QUERY)
+    dispatcher.forget_plans()
+    dispatcher.attention(QUERY, QUERY, QUERY)
+    assert used[:3] == [None] * 3
+    assert "large" not in used
+    assert [one.getMessage() for one in caplog.records] == [
+        "heedful: tiles 64 by large cannot run (out of resource: shared memory); the default is taken"
+    ]
+    dispatcher.experience.finish()
+    later, used = tiled(cache=tmp_path)
+    assert later.experience.store(CPU).get("tiles 64").faults == {"large": "out of resource: shared memory"}
+    later.attention(QUERY, QUERY, QUERY)
+    assert used == ["wide"]  # the fastest of those that run
+    later.experience.forget_choices(["tiles 64"], CPU)
+    assert later.experience.store(CPU).get("tiles 64") is None
+    assert tiled(cache=tmp_path)[0].explain(QUERY, QUERY, QUERY).tuned == {}
+
+
+def test_dispatchers_of_one_registry_do_not_share_choices():
+    """The strategy object is one: what was measured comes with each call."""
+    first, used = tiled()
+    measure_choices(first, wide=1e-3)
+    second = AttentionDispatcher(first.factory, policy=Policy({"*": ("tiled",)}, tune="off"))
+    for dispatcher in (first, second, first):
+        dispatcher.attention(QUERY, QUERY, QUERY)
+    assert used == ["wide", None, "wide"]
+
+
+def test_a_compiled_call_goes_by_the_defaults():
+    dispatcher, _ = tiled()
+    measure_choices(dispatcher, wide=1e-3)
+    problem = dispatcher.explain(QUERY, QUERY, QUERY).problem
+    assert dispatcher.plan(problem, device=CPU).tuned == {"forward": "wide"}
+    strategy = dispatcher.factory.create_strategy("tiled")
+    plan = dispatcher.plan(problem.replace(compiling=True), "tiled", device=CPU)
+    assert dispatcher.experience.tuning(plan, strategy, CPU) is None

@@ -17,6 +17,7 @@ from heedful import (
     WrongAnswer,
 )
 from heedful.locks import Lock
+from heedful.records import Window
 
 DRAW = torch.Generator().manual_seed(0)
 QUERY, KEY = (torch.randn(1, 4, length, 64, generator=DRAW) for length in (128, 144))
@@ -213,3 +214,94 @@ def test_a_file_that_cannot_be_written_leaves_what_was_there(path, monkeypatch):
         first.lock(path)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+# A strategy's own choices, such as tiles
+
+
+class Tiled(Plain):
+    """Other bits by every choice; ``large`` cannot run."""
+
+    def tunable(self, _problem):
+        return {"forward": "tiles"}
+
+    def compute_attention(self, query, key, value, *, tuning=None, **kwargs):
+        label = None if tuning is None else tuning.get("forward")
+        if label == "large":
+            tuning.drop("forward", label, "out of shared memory")
+        return super().compute_attention(query, key, value, **kwargs) + 2e-7 * len(label or "")
+
+
+def tiled(folder):
+    return fresh(("Tiled",), (Tiled,), tune="ahead", cache=folder)
+
+
+def measure(dispatcher, label):
+    store = dispatcher.experience.store(torch.device("cpu"))
+    store.forget("tiles")
+    for place in range(2):
+        store.add_window("tiles", Window(ended=1e9 + 20.0 * place, run=f"{place}", seconds={label: 1e-3}, turns=5))
+    dispatcher.forget_plans()
+
+
+def test_a_locked_choice_runs_whatever_was_measured_since(path, tmp_path):
+    first = tiled(tmp_path)
+    measure(first, "wide")
+    out = first.attention(QUERY, KEY, KEY)
+    (plan,) = first.lock(path).plans.values()
+    assert plan.tuned == {"forward": "wide"}
+    later = tiled(tmp_path)
+    measure(later, "another")
+    assert not torch.equal(later.attention(QUERY, KEY, KEY), out)
+    with later.use_lock(path):
+        assert torch.equal(later.attention(QUERY, KEY, KEY), out)
+        assert later.explain(QUERY, KEY, KEY).tuned == {"forward": "wide"}
+        assert later.lock(path.with_name("again.lock")).plans == Lock.load(path).plans
+    assert not torch.equal(later.attention(QUERY, KEY, KEY), out)
+
+
+def test_a_lock_without_choices_means_the_defaults(path, tmp_path):
+    first = tiled(tmp_path)
+    out = first.attention(QUERY, KEY, KEY)
+    first.lock(path)
+    assert "tuned" not in json.loads(path.read_text())["plans"][0]  # as locks were before there were any
+    measure(first, "wide")
+    with first.use_lock(path):
+        assert torch.equal(first.attention(QUERY, KEY, KEY), out)
+
+
+def test_a_locked_choice_that_cannot_run_raises_and_nothing_else_computes(path, tmp_path):
+    first = tiled(tmp_path)
+    first.attention(QUERY, KEY, KEY)
+    first.lock(path)
+    data = json.loads(path.read_text())
+    data["plans"][0]["tuned"] = {"forward": "large"}
+    path.write_text(json.dumps(data))
+    with (
+        first.use_lock(path),
+        pytest.raises(LockBroken, match=r"(?s)cannot run here.*locked forward by large, now out"),
+    ):
+        first.attention(QUERY, KEY, KEY)
+
+
+def test_a_choice_that_is_none_of_the_strategy_s_breaks_it(path):
+    first = fresh()
+    first.attention(QUERY, KEY, KEY)
+    first.lock(path)
+    data = json.loads(path.read_text())
+    data["plans"][0]["tuned"] = {"forward": "wide"}
+    path.write_text(json.dumps(data))
+    with pytest.raises(LockBroken, match=r"locked Plain torch \S+, forward by wide, now Plain torch \S+$"):
+        fresh().use_lock(path)
+
+
+@pytest.mark.parametrize("tuned", [3, "wide", ["wide"], {"forward": 3}, {"forward": ["wide"]}, None], ids=str)
+def test_choices_that_are_no_names_are_refused(path, tuned):
+    first = fresh()
+    first.attention(QUERY, KEY, KEY)
+    first.lock(path)
+    data = json.loads(path.read_text())
+    data["plans"][0]["tuned"] = tuned
+    path.write_text(json.dumps(data))
+    with pytest.raises(InvalidArgument, match="cannot be read"):
+        Lock.load(path)

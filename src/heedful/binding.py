@@ -26,19 +26,21 @@ from heedful.lowering import (
 from heedful.masks import Mask, of_rank_four, savable
 from heedful.problem import AttentionProblem
 from heedful.select import Plan
-from heedful.strategy import Answer, AttentionStrategy, mask_arguments, static_arguments
+from heedful.strategy import Answer, AttentionStrategy, Tuning, mask_arguments, static_arguments
 
 Run = Callable[[Tensor, Tensor, Tensor, Any], Answer]
 
 
-def bind(plan: Plan, strategy: AttentionStrategy | None, mask_words: dict[str, Any]) -> Run:
+def bind(
+    plan: Plan, strategy: AttentionStrategy | None, mask_words: dict[str, Any], tuning: Tuning | None = None
+) -> Run:
     """The function of a plan that chose ``strategy``, or, with None, of an empty problem.
 
-    ``mask_words`` are the call's mask arguments other than ``attn_mask`` itself.
+    ``mask_words`` are the call's mask arguments other than ``attn_mask`` itself; ``tuning`` goes to the strategy.
     """
     if plan.chosen is None or strategy is None:
         return _empty_answer(plan.problem)
-    run = _to_kernel(plan, strategy, mask_words)
+    run = _to_kernel(plan, strategy, mask_words, tuning)
     given = plan.problem.mask
     if (
         plan.problem.needs_grad
@@ -49,10 +51,10 @@ def bind(plan: Plan, strategy: AttentionStrategy | None, mask_words: dict[str, A
     return run
 
 
-def _to_kernel(plan: Plan, strategy: AttentionStrategy, mask_words: dict[str, Any]) -> Run:
+def _to_kernel(plan: Plan, strategy: AttentionStrategy, mask_words: dict[str, Any], tuning: Tuning | None) -> Run:
     assert plan.chosen is not None
     compute = strategy.compute_attention
-    static = static_arguments(plan.chosen.lowered)
+    static = static_arguments(plan.chosen.lowered) | ({} if tuning is None else {"tuning": tuning})
     mask = _lone_mask(plan)
     if mask is not None:
         rest = [type(step.lowering) for step in plan.chosen.steps if step.name not in mask.by]

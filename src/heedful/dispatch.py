@@ -38,7 +38,7 @@ from heedful.problem import AttentionProblem, problem_for_shapes
 from heedful.refusal import Refusal
 from heedful.running import Runs, own_refusal
 from heedful.select import Plan, candidates, judge, select
-from heedful.strategy import Answer
+from heedful.strategy import Answer, Tuning
 
 _log = logging.getLogger("heedful")
 
@@ -329,7 +329,9 @@ class AttentionDispatcher:
         with None they are only looked for.
         """
         wish, origin = self._wish(backend)
-        return self._selected(problem, self._resolved(wish, origin), origin, excluded or {}, device)
+        plan = self._selected(problem, self._resolved(wish, origin), origin, excluded or {}, device)
+        strategy = None if plan.chosen is None else self.factory.create_strategy(plan.chosen.name)
+        return plan if strategy is None else replace(plan, tuned=self.experience.tuned(plan, strategy, device))
 
     def _selected(
         self,
@@ -364,18 +366,19 @@ class AttentionDispatcher:
             excluded[plan.chosen.name] = (*excluded.get(plan.chosen.name, ()), *found)
 
     def rivals(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *, backend: str = "auto", **call: Any
-    ) -> tuple[Plan, dict[str, Callable[[], Answer]]]:
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *, backend: str = "auto",
+        tuning: Tuning | None = None, **call: Any,
+    ) -> tuple[Plan, dict[str, Callable[[], Answer]]]:  # fmt: skip
         """The plan for a call, its ``contenders`` being candidates that work, and these as functions of nothing.
 
         They are neither watched nor counted: for measuring and judging them. Of a backend by name the candidates are
-        its chains of rewrites. Raises Refused.
+        its chains of rewrites. ``tuning``: choices of theirs to try, instead of what was measured. Raises Refused.
         """
         words = {**_DEFAULTS, **call}
         alone = not words["is_causal"] and words["window"] is None
         seen = self._simplest(attn_mask, query, key, value, words["layout"], alone)
         plan = self._planned(query, key, value, attn_mask, seen, backend, words, query.device).checked()
-        plan, bare = self.runs.bare(plan, words, query.device)
+        plan, bare = self.runs.bare(plan, words, query.device, tuning)
         return plan, {label: functools.partial(run, query, key, value, seen) for label, run in bare.items()}
 
     def freeze(self) -> None:
@@ -496,9 +499,10 @@ class AttentionDispatcher:
         plans = [self._selected(problem, "auto", "auto", {}, None) for problem in problems]
         strategies = self.factory.strategies()
         chosen = [
-            LockedPlan.of(plan, strategies[plan.chosen.name], strategies[plan.chosen.name].version(self.facts))
+            LockedPlan.of(plan, strategy, strategy.version(self.facts), self.experience.tuned(plan, strategy, None))
             for plan in plans
             if plan.chosen is not None
+            for strategy in (strategies[plan.chosen.name],)
         ]
         machines = {place: self.experience.store(torch.device(place)).fingerprint for place in _places(chosen)}
         return Lock.of({place: str(one) for place, one in machines.items()}, chosen)

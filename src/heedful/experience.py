@@ -6,11 +6,14 @@ machine: a store for each device's fingerprint.
 
 from __future__ import annotations
 
+import functools
+import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
+from heedful.errors import LockBroken
 from heedful.facts import Facts
 from heedful.fingerprint import fingerprint
 from heedful.knowledge import LOCKED, MEASURED, NOTHING, SHIPPED, Knowledge
@@ -19,13 +22,14 @@ from heedful.locks import Lock
 from heedful.policy import Policy, folder_of
 from heedful.problem import AttentionProblem
 from heedful.problem_class import class_of
-from heedful.records import Record, Window
+from heedful.records import Record, Window, as_line
 from heedful.select import Plan, worth_timing
-from heedful.strategy import AttentionStrategy
+from heedful.strategy import AttentionStrategy, Tuning
 from heedful.tally import Tally, Trust
 from heedful.timings import TimingStore, shipped_for
 
 _MOST_TALLIES = 4096  # a plan of 20 KB hangs on each
+_log = logging.getLogger("heedful")
 
 
 class Experience:
@@ -39,6 +43,7 @@ class Experience:
         self._trusts: dict[tuple[str, str], Trust] = {}
         self._courses: dict[tuple[str, str], Course] = {}  # by the place, and the class
         self._faults: dict[str, dict[str, str]] = {}
+        self._dropped: set[tuple[str, str, str]] = set()  # choices of strategies: by place, class and label
         self._stores: dict[str, TimingStore] = {}
         self._writer = Writer()
         self._guarding = threading.Lock()
@@ -51,7 +56,8 @@ class Experience:
         record = self._record(key, problem, device)
         faults = {**(record.faults if record else {}), **self._faults.get(key, {})}
         if self.lock is not None and decides:
-            return Knowledge(self.lock.label_for(problem), LOCKED, faults=faults)
+            locked = self.lock.plan_for(problem)
+            return Knowledge(locked.label, LOCKED, faults=faults, tuned=locked.tuned)
         if self.policy.tune == "off" or not decides:
             return Knowledge(faults=faults)
         seconds = dict(record.seconds()) if record else {}
@@ -142,10 +148,60 @@ class Experience:
         """Keep what was measured ahead of time."""
         return self._store(problem, device).add_window(class_of(problem), window)
 
+    def tuned(self, plan: Plan, strategy: AttentionStrategy, device: torch.device | None) -> dict[str, str]:
+        """What was measured of the chosen strategy's own choices, such as tiles: by role, those that are settled.
+
+        Under a lock what it says. Compiled calls go by the strategy's defaults.
+        """
+        if plan.chosen is None or plan.problem.compiling or self._facts.packages is None:
+            return {}
+        classes = strategy.tunable(plan.chosen.lowered)
+        if plan.known.locked:
+            return {role: label for role, label in plan.known.tuned.items() if role in classes}
+        if self.policy.tune == "off" or not classes:
+            return {}
+        place, store = _place(plan.problem, device), self._store(plan.problem, device)
+        found = {role: _winner(store, key) for role, key in classes.items()}
+        return {
+            role: label for role, label in found.items() if label and (place, classes[role], label) not in self._dropped
+        }
+
+    def tuning(self, plan: Plan, strategy: AttentionStrategy, device: torch.device | None) -> Tuning | None:
+        """The same for a strategy to go by; None where it goes by its defaults."""
+        labels = self.tuned(plan, strategy, device)
+        return Tuning(labels, functools.partial(self._cannot_run, plan, strategy, device)) if labels else None
+
+    def _cannot_run(
+        self, plan: Plan, strategy: AttentionStrategy, device: torch.device | None, role: str, label: str, reason: str
+    ) -> None:
+        """A strategy's choice failed when it ran: not chosen any more. Raises LockBroken under a lock."""
+        assert plan.chosen is not None
+        if plan.known.locked:
+            line = f"  {plan.problem}: locked {role} by {label}, now {reason}"
+            raise LockBroken("the lock names what cannot run here; record it anew", [line])
+        self.drop_choice(strategy.tunable(plan.chosen.lowered)[role], label, reason, _device(plan.problem, device))
+
+    def drop_choice(self, key: str, label: str, reason: str, device: torch.device) -> None:
+        """Quarantine one of a strategy's choices for its class, here and in the store, and say so once."""
+        choice = (_spelled(device), key, label)
+        if choice in self._dropped:
+            return
+        self._dropped.add(choice)
+        _log.warning("heedful: %s by %s cannot run (%s); the default is taken", key, label, as_line(reason))
+        store = self.store(device)
+        self._writer.submit(lambda: store.add_fault(key, label, reason))
+
+    def forget_choices(self, keys: Iterable[str], device: torch.device) -> None:
+        """Forget what was measured and found wrong of these classes of choices, here and in the store."""
+        self.finish()
+        for key in keys:
+            self._dropped = {one for one in self._dropped if one[:2] != (_spelled(device), key)}
+            self.store(device).forget(key)
+
     def registry_changed(self, strategies: Mapping[str, AttentionStrategy]) -> None:
         """A name may stand for another strategy now: what was learnt in this process is learnt anew."""
         self._strategies = strategies
-        for known in (self._trusts, self._courses, self._faults, self._stores):
+        for known in (self._trusts, self._courses, self._faults, self._dropped, self._stores):
             known.clear()
 
     def finish(self) -> None:
@@ -183,6 +239,12 @@ class Experience:
         if self.policy.tune == "off" and self.policy.guard == "off":
             return None
         return self._store(problem, device).get(key)
+
+
+def _winner(store: TimingStore, key: str) -> str:
+    """What was settled of a class here, else in a table that is shipped; "" where nothing is."""
+    known = (store.get(key), store.shipped(key))
+    return next(filter(None, (record.winner() for record in known if record is not None)), "") or ""
 
 
 def _device(problem: AttentionProblem, device: torch.device | None) -> torch.device:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import os
 import pkgutil
 import platform
 import sys
@@ -18,12 +19,15 @@ from typing import Any
 
 import torch
 
+INTERPRETED = "interpreter"  # a CPU's architecture where Triton interprets its kernels on it
+
 
 @dataclass(frozen=True)
 class DeviceFacts:
     """One device: its torch type, and on GPUs its compute capability and architecture.
 
-    ``capability`` is (major, minor) on NVIDIA devices and None elsewhere; ``architecture`` is ``sm_90`` or ``gfx942``.
+    ``capability`` is (major, minor) on NVIDIA devices and None elsewhere; ``architecture`` is ``sm_90`` or ``gfx942``,
+    on a CPU INTERPRETED or nothing.
     """
 
     type: str
@@ -171,10 +175,16 @@ def _gpu(index: int) -> DeviceFacts:
     return DeviceFacts("cuda", properties.name, capability, f"sm_{capability[0]}{capability[1]}")
 
 
+def _interprets(environ: Mapping[str, str]) -> bool:
+    """Whether Triton, should it be imported, will interpret its kernels: it reads the variable likewise."""
+    return environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "on"}
+
+
 @functools.lru_cache(maxsize=1)
 def probe() -> Facts:
     """Look at this machine, once a process. Initialises CUDA only where torch sees a GPU."""
-    devices = {"cpu": DeviceFacts("cpu", platform.processor() or platform.machine())}
+    interpreted = INTERPRETED if _interprets(os.environ) else ""
+    devices = {"cpu": DeviceFacts("cpu", platform.processor() or platform.machine(), None, interpreted)}
     if torch.cuda.is_available():
         devices |= {f"cuda:{index}": _gpu(index) for index in range(torch.cuda.device_count())}
     if torch.backends.mps.is_available():

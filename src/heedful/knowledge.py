@@ -19,7 +19,8 @@ class Knowledge:
     """``winner``: the label to choose, by the rung ``source``; "" where none is known.
 
     ``seconds`` a call by label; ``errors``: the largest relative error seen of a label; ``faults``: why a strategy is
-    quarantined for problems of this class. A lock's winner is the only choice: where it cannot run, nothing does.
+    quarantined for problems of this class. A lock's winner is the only choice: where it cannot run, nothing does;
+    ``tuned``: the strategy's own choices under it, such as tiles, by role.
     """
 
     winner: str = ""
@@ -27,6 +28,7 @@ class Knowledge:
     seconds: Mapping[str, float] = field(default_factory=dict)
     faults: Mapping[str, str] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
+    tuned: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def locked(self) -> bool:

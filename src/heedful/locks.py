@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from heedful.errors import LockBroken
@@ -27,7 +28,7 @@ class LockedPlan:
     """What computes one problem: the candidate's label, its strategy's version, all its rewrites, and how exactly it
 
     repeats: ``bits`` where the same inputs give the same bits, ``random`` with dropout, ``forward`` where only the
-    gradient may differ.
+    gradient may differ. ``tuned``: the strategy's own choices, such as tiles, by role; its defaults for all others.
     """
 
     problem: AttentionProblem
@@ -35,13 +36,16 @@ class LockedPlan:
     version: str
     steps: tuple[str, ...]
     repeats: str
+    tuned: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @classmethod
-    def of(cls, plan: Plan, strategy: AttentionStrategy, version: str) -> LockedPlan:
+    def of(
+        cls, plan: Plan, strategy: AttentionStrategy, version: str, tuned: Mapping[str, str] = MappingProxyType({})
+    ) -> LockedPlan:
         """Of a plan that chose a strategy."""
         assert plan.chosen is not None
         steps = tuple(step.name for step in plan.chosen.steps)
-        return cls(plan.problem, plan.chosen.label, version, steps, _repeats(plan.problem, strategy))
+        return cls(plan.problem, plan.chosen.label, version, steps, _repeats(plan.problem, strategy), dict(tuned))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -51,6 +55,7 @@ class LockedPlan:
             "version": self.version,
             "lowerings": list(self.steps),
             "repeats": self.repeats,
+            **({"tuned": dict(self.tuned)} if self.tuned else {}),
         }
 
 
@@ -83,11 +88,11 @@ class Lock:
 
         return read_json(path, KIND, FORMAT, made)
 
-    def label_for(self, problem: AttentionProblem) -> str:
-        """The candidate that computes a problem. Raises LockBroken where the lock has none, with the nearest it has."""
+    def plan_for(self, problem: AttentionProblem) -> LockedPlan:
+        """What computes a problem. Raises LockBroken where the lock has nothing, with the nearest it has."""
         plan = self.plans.get(problem)
         if plan is not None:
-            return plan.label
+            return plan
         known = [str(one) for one in self.plans]
         near = difflib.get_close_matches(str(problem), known, n=1, cutoff=0.0)
         lines = [f"  locked: {near[0]}" if near else "  locked: nothing", f"  called: {problem}"]
@@ -107,7 +112,7 @@ class Lock:
             today = now.get(problem)
             if today is None:
                 lines.append(f"  {problem}: locked {_spelled(plan)}, now it cannot run")
-            elif (plan.label, plan.version, plan.steps) != (today.label, today.version, today.steps):
+            elif any(getattr(plan, name) != getattr(today, name) for name in ("label", "version", "steps", "tuned")):
                 lines.append(f"  {problem}: locked {_spelled(plan)}, now {_spelled(today)}")
         if lines:
             raise LockBroken(f"the lock {self.path} was made elsewhere, or with other versions; record it anew", lines)
@@ -115,7 +120,8 @@ class Lock:
 
 def _spelled(plan: LockedPlan) -> str:
     steps = f" after {', '.join(plan.steps)}" if plan.steps else ""
-    return f"{plan.label} {plan.version}{steps}"
+    tuned = "".join(f", {role} by {label}" for role, label in sorted(plan.tuned.items()))
+    return f"{plan.label} {plan.version}{steps}{tuned}"
 
 
 def _repeats(problem: AttentionProblem, strategy: AttentionStrategy) -> str:
@@ -128,7 +134,8 @@ def _repeats(problem: AttentionProblem, strategy: AttentionStrategy) -> str:
 def _plan_from(data: Mapping[str, Any]) -> LockedPlan:
     problem = AttentionProblem.from_dict(data["problem"])
     hash(problem)
-    words = (data["candidate"], data["version"], *data["lowerings"], data["repeats"])
+    tuned = dict(data.get("tuned", {}))
+    words = (data["candidate"], data["version"], *data["lowerings"], data["repeats"], *tuned, *tuned.values())
     if not all(isinstance(word, str) for word in words):
         raise ValueError(f"a plan holds {words!r} where names belong")
-    return LockedPlan(problem, data["candidate"], data["version"], tuple(data["lowerings"]), data["repeats"])
+    return LockedPlan(problem, data["candidate"], data["version"], tuple(data["lowerings"]), data["repeats"], tuned)

@@ -223,6 +223,11 @@ def machine_record(device: torch.device | None = None, packages: Sequence[str] =
     }
 
 
+def folder_name(device: str) -> str:
+    """A device's name as that of a folder of results: ``NVIDIA H200`` is ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9.]+", "-", device.lower()).strip("-.") or "gpu"
+
+
 def busy(machine: dict[str, Any]) -> bool:
     """Whether a `machine_record` tells of others at work: half of the cores taken, or more."""
     return machine["load"] is not None and bool(machine["load"] >= machine["cores"] / 2)

@@ -32,10 +32,21 @@ VARIABLE = "HEEDFUL_BACKEND"
 _OFF = {"0", "false", "no", "off"}
 
 # The order in which auto asks, by device, where no timing is known. native is torch's own choice among its
-# kernels; native_flash serves what native cannot (the LSE); reference is right everywhere and slow.
+# kernels; native_flash serves what native cannot (the LSE); reference is right everywhere and slow. triton, our own,
+# stands behind all kernels of torch that hold no scores, until a time says otherwise, and before flex, which makes a
+# mask of Q * K for each call and waits for torch's compiler. On a CPU it stands behind the reference: never chosen.
 PREFERENCES: Mapping[str, tuple[str, ...]] = {
-    "cpu": ("native", "native_flash", "native_math", "flex", "reference"),
-    "cuda": ("native", "native_flash", "native_cudnn", "native_efficient", "flex", "native_math", "reference"),
+    "cpu": ("native", "native_flash", "native_math", "flex", "reference", "triton"),
+    "cuda": (
+        "native",
+        "native_flash",
+        "native_cudnn",
+        "native_efficient",
+        "triton",
+        "flex",
+        "native_math",
+        "reference",
+    ),
     "*": ("native", "native_math", "flex", "reference"),
 }
 
@@ -96,11 +107,14 @@ class Policy:
         return replace(policy, default=names[0] if len(names) == 1 else names, default_origin=VARIABLE)
 
     def order(self, device: str, known: Iterable[str]) -> tuple[str, ...]:
-        """The known strategies in the order in which auto asks: the table, then the others, the reference last."""
+        """The known strategies in the order in which auto asks.
+
+        The table up to the reference, then those that it does not name, then the reference and what stands behind it.
+        """
         known = set(known)
         table = [name for name in self.preferences.get(device, self.preferences["*"]) if name in known]
-        last = [name for name in table if name == "reference"]
-        return (*(name for name in table if name not in last), *sorted(known - set(table)), *last)
+        last = table[table.index("reference") :] if "reference" in table else []
+        return (*table[: len(table) - len(last)], *sorted(known - set(table)), *last)
 
 
 def folder_of(cache: Path | str | None) -> Path | None:

@@ -20,7 +20,7 @@ from heedful.guard import Guard
 from heedful.learning import LiveRun
 from heedful.refusal import Refusal
 from heedful.select import Plan, Verdict, variants
-from heedful.strategy import Answer, AttentionStrategy
+from heedful.strategy import Answer, AttentionStrategy, Tuning
 
 Excluded = Mapping[str, tuple[Refusal, ...]]
 
@@ -75,8 +75,13 @@ class Runs:
             guarded=guarded,
         )
 
-    def bare(self, plan: Plan, call: dict[str, Any], device: torch.device) -> tuple[Plan, dict[str, Run]]:
-        """The plan with the contenders that work, of the chosen strategy at least; and their functions, by label."""
+    def bare(
+        self, plan: Plan, call: dict[str, Any], device: torch.device, tuning: Tuning | None = None
+    ) -> tuple[Plan, dict[str, Run]]:
+        """The plan with the contenders that work, of the chosen strategy at least; and their functions, by label.
+
+        ``tuning``: another one than what was measured.
+        """
         assert plan.chosen is not None
         words = {name: call[name] for name in ("is_causal", "causal_alignment", "window")}
         every = self._contenders(plan, device)
@@ -85,9 +90,14 @@ class Runs:
             every = [each for each in variants(strategy, plan.problem) if each.accepts]
         plan = replace(plan, contenders=tuple(every) or (plan.chosen,))
         return plan, {
-            verdict.label: bind(replace(plan, chosen=verdict), self.factory.create_strategy(verdict.name), words)
+            verdict.label: self._bind(replace(plan, chosen=verdict), words, device, tuning)
             for verdict in plan.contenders
         }
+
+    def _bind(self, plan: Plan, words: dict[str, Any], device: torch.device, tuning: Tuning | None = None) -> Run:
+        assert plan.chosen is not None
+        strategy = self.factory.create_strategy(plan.chosen.name)
+        return bind(plan, strategy, words, tuning or self.experience.tuning(plan, strategy, device))
 
     def _contenders(self, plan: Plan, device: torch.device) -> list[Verdict]:
         """The candidates whose kernels are there and work, and whose strategies do not check every call themselves.
@@ -111,7 +121,7 @@ class Runs:
         assert plan.chosen is not None
         strategy = self.factory.create_strategy(plan.chosen.name)
         words = {name: call[name] for name in ("is_causal", "causal_alignment", "window")}
-        bare = watched = bind(plan, strategy, words)
+        bare = watched = self._bind(plan, words, device)
 
         def another(refusal: Refusal) -> Run:
             more = {**excluded, strategy.name: (refusal,)}

@@ -35,7 +35,7 @@ from heedful.strategy import AttentionStrategy
 
 _HIDING = {"key_padding", "query_padding", "varlen", "dense", "block"}
 _MOST_CONTENDERS = 8  # exact ones that are timed against each other: each strategy's usual chain before other chains
-_MOST_APPROXIMATE = 4
+_MOST_APPROXIMATE = 8  # by name: one package's many forms must not keep the others from being timed
 _WORTH_TIMING = 1 << 20  # flops; below it a kernel runs for some 50 us, as long as what is around it
 
 
@@ -77,7 +77,8 @@ class Plan:
 
     ``chosen`` is None for an empty problem, which needs no kernel, and where all candidates refuse (``refused``).
     ``given`` is the mask as it came, where its analysis made a simpler one of it. ``contenders`` are the candidates
-    that may be timed against each other, the one chosen without timing first. ``known`` is what experience says.
+    that may be timed against each other, the one chosen without timing first. ``known`` is what experience says,
+    ``tuned`` what was measured of the chosen strategy's own choices, such as tiles.
     ``str(plan)`` is the explanation.
     """
 
@@ -90,6 +91,7 @@ class Plan:
     given: MaskFacts | None = None
     contenders: tuple[Verdict, ...] = ()
     known: Knowledge = field(default=NOTHING, hash=False)
+    tuned: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def backend(self) -> str:
@@ -136,7 +138,8 @@ class Plan:
         lines = [f"{self.problem}", f"-> {self.backend}: {self.rung} (wish {wish!r} from {self.origin})"]
         if self.given is not None:
             lines.append(f"   the mask came as {self.given} and was read as {self.problem.mask}")
-        lines += [f"   {text}" for text in (self.note, self.won) if text]
+        measured = ", ".join(f"{role} by {label}" for role, label in self.tuned.items())
+        lines += [f"   {text}" for text in (self.note, self.won, measured) if text]
         for verdict in self.rows:
             sign = "*" if verdict is self.chosen else "+" if verdict.accepts else "-"
             lines.append(f"  {sign} {self.name_of(verdict):<17} {verdict}{self._time_of(verdict)}")

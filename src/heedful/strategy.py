@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -199,6 +199,27 @@ class Limits:
                 yield Refusal("options", repr(name), known, "see the backend's documentation")
 
 
+class Tuning:
+    """What was measured for a strategy's own choices, such as tiles: a label for each role of ``tunable``.
+
+    ``failed`` is told the role, the label and the reason of one that cannot run; it raises where nothing else may.
+    """
+
+    def __init__(self, labels: Mapping[str, str], failed: Callable[[str, str, str], None]) -> None:
+        self._labels, self._failed = dict(labels), failed
+        self.asked: set[str] = set()  # the roles that somebody has asked for
+
+    def get(self, role: str) -> str | None:
+        """The label to go by; None for the strategy's own default."""
+        self.asked.add(role)
+        return self._labels.get(role)
+
+    def drop(self, role: str, label: str, reason: str) -> None:
+        """Go by the default from now on: this label cannot run. Raises what ``failed`` raises."""
+        self._failed(role, label, reason)
+        self._labels.pop(role, None)
+
+
 class AttentionStrategy(ABC):
     """One backend. Declare ``name`` and ``limits``; write ``compute_attention``. Nothing else is needed.
 
@@ -276,6 +297,17 @@ class AttentionStrategy(ABC):
     def refusals(self, problem: AttentionProblem) -> tuple[Refusal, ...]:
         """Why this strategy cannot compute the problem; empty when it can. Pure. Extend it for rules of your own."""
         return tuple(self.limits_for(problem.device).refusals(problem))
+
+    def tunable(self, problem: AttentionProblem) -> Mapping[str, str]:  # noqa: ARG002
+        """Choices of its own that change speed alone, such as tiles: for each role its class, a key of the store. Pure.
+
+        Where some were measured, ``compute_attention`` is handed them as ``tuning``, a Tuning; it has defaults for all.
+        """
+        return {}
+
+    def choices(self, role: str, problem: AttentionProblem, device: torch.device) -> tuple[str, ...]:  # noqa: ARG002
+        """The labels that are worth measuring for a role of ``tunable``, its default first. Its kernels are loaded."""
+        return ()
 
     def validate_constraints(self, **kwargs: Any) -> None:
         """Raise Refused unless this strategy itself, without any rewriting, takes this call.

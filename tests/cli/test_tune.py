@@ -3,22 +3,30 @@
 import functools
 import importlib
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import heedful
 from heedful import AttentionProblem
 from heedful.cli import app
+from heedful.facts import INTERPRETED
 from heedful.masks import MaskFacts
+from heedful.records import APART
 from heedful.strategies.native_math import NativeMathAttentionStrategy as Unfused
 from heedful.timings import shipped_for
 from heedful.trace import Trace
 from heedful.tune import ahead
 
+SOURCES = Path(heedful.__file__).parent.parent
 run = CliRunner(env={"NO_COLOR": "1", "FORCE_COLOR": None, "COLUMNS": "140"}).invoke
 SMALL = AttentionProblem(batch=1, heads=2, kv_heads=2, query_length=64, key_length=64, head_dim=64, value_dim=64)
 
@@ -170,3 +178,52 @@ def test_it_says_that_times_would_not_be_used(process):
     answer = run(app, ["tune", "clip-l-text"])
     assert answer.exit_code == 2
     assert "HEEDFUL_TUNE is off" in plain(answer.output)
+
+
+# Tiles: what is measured is in tests/tune/test_tiles.py, and with real kernels in tests/kernels/on_device
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels run on a CPU then")
+@pytest.mark.parametrize("arguments", [["clip-l-text"], ["clip-l-text", "--grad", "--backend", "triton"], ["--forget"]])
+def test_tiles_are_not_for_a_cpu(dispatcher, arguments):
+    answer = run(app, ["tune", "--tiles", "--device", "cpu", *arguments])
+    assert answer.exit_code == 2
+    assert "tiles are of Triton kernels on a GPU, and this is cpu; run it on the machine with the GPU" in plain(
+        answer.output
+    )
+
+
+@pytest.mark.parametrize("option", [["--grad"], ["--backend", "triton"]], ids=" ".join)
+def test_options_of_tiles_are_for_tiles(dispatcher, option):
+    answer = run(app, ["tune", "clip-l-text", "--device", "cpu", *option])
+    assert answer.exit_code == 2
+    assert "it is for --tiles alone" in plain(answer.output)
+
+
+@pytest.mark.slow
+def test_tiles_in_a_process_of_its_own_with_its_pauses(tmp_path):
+    """In Triton's interpreter: the second process goes by what the first has found."""
+    small = SMALL.replace(heads=1, kv_heads=1, query_length=20, key_length=20, head_dim=16, value_dim=16)
+    Trace({small.replace(architecture=INTERPRETED): 1}).save(tmp_path / "one.trace")
+    of_interpreter = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    of_heedful = {"HEEDFUL_CACHE": str(tmp_path / "cache"), "HEEDFUL_TUNE": "ahead", "PYTHONPATH": str(SOURCES)}
+
+    def python(*arguments):
+        environ = {**os.environ, **of_interpreter, **of_heedful}
+        done = subprocess.run([sys.executable, *arguments], env=environ, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    words = ["-m", "heedful", "tune", "--tiles", str(tmp_path / "one.trace"), "--device", "cpu", "--rounds", "3"]
+    (found,) = json.loads(python(*words, "--json"))["tiles"]
+    assert found["key"] == "tiles forward 32 16 to 128"
+    assert found["refused"] == ""
+    assert len(found["seconds"]) > 2
+    (stored,) = (tmp_path / "cache" / "timings").glob("*.json")
+    windows = json.loads(stored.read_text())["records"][found["key"]]["windows"]
+    assert len(windows) >= 2
+    assert windows[1]["ended"] - windows[0]["ended"] >= APART
+    asked = (
+        "import heedful, torch; x = torch.zeros(1, 1, 20, 16); print(heedful.explain(x, x, x, backend='triton').tuned)"
+    )
+    assert python("-c", asked).strip() == str({"forward": found["winner"]})

@@ -61,7 +61,7 @@ def test_what_is_broken_keeps_its_words_and_gets_its_advice():
 def test_what_is_broken_and_of_no_use_here_need_not_be_mended():
     (trouble,) = report(replace(MACHINES["cpu"], packages=(BROKEN,))).troubles
     assert trouble.here.startswith("A CPU needs nothing beside torch")
-    unknown = Found("triton", "3.4", "triton", "raises", "x")
+    unknown = Found("kernels", "0.12", "kernels", "raises", "x")
     assert report(replace(AMPERE, packages=(unknown,))).troubles[0].here == ""
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from doctor_machines import BUILDER, H100, MACHINES, RTX_4090, RTX_5090
+from doctor_machines import AMPERE, BUILDER, H100, MACHINES, RTX_4090, RTX_5090
 
 from heedful import AttentionStrategyFactory
 from heedful.doctor.decision import decide
@@ -74,6 +74,40 @@ def test_every_package_of_a_gpu_has_its_ways():
         source.distribution for one in STRATEGIES.values() for source in one.sources if isinstance(source, Package)
     }
     assert set(WAYS) == packages - {"torch", "torch-npu", "torch_xla"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"torch": "2.8.0+cu128"}, "triton==3.4.*"),
+        ({"torch": "2.13.0+cu130", "cuda": "13.0"}, "triton==3.7.*"),
+        ({"torch": "2.10.0+cu128", "system": "Windows"}, "triton-windows==3.6.*"),
+    ],
+)
+def test_triton_is_the_one_that_belongs_to_torch(fields, words):
+    found = decide(replace(AMPERE, **fields), STRATEGIES, "triton")
+    assert found.outcome == "install"
+    assert words in found.steps[-1].arguments
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"torch": "2.7.1+cu128"}, "triton==3.3.* belongs to torch 2.7.1+cu128, and our own kernels need 3.4"),
+        ({"torch": "2.99.0+cu128"}, "no Triton is known to belong to torch 2.99.0+cu128 on Linux"),
+        ({"libc": "musl 1.2"}, "Triton has wheels for glibc only, this system has musl"),
+    ],
+)
+def test_no_triton_is_offered_that_would_not_work(fields, words):
+    found = decide(replace(AMPERE, **fields), STRATEGIES, "triton")
+    assert found.outcome == "impossible"
+    assert found.passed_over == (words,)
+
+
+def test_torch_for_rocm_brings_its_own_triton():
+    found = decide(MACHINES["rocm_mi300"], STRATEGIES, "triton")
+    assert found.outcome == "impossible"
+    assert "torch for ROCm brings a Triton of its own" in found.passed_over[0]
 
 
 def test_flash_3_needs_its_cuda_wherever_it_comes_from():

@@ -1,7 +1,8 @@
 """``--record FOLDER`` writes what becomes of the checks to FOLDER/<device>/contract.json; ``make gpu-test`` gives it.
 
 Without a GPU it ends the run with an error: nothing would have been tested. A GPU on which a kernel broke something
-for good (an illegal access) ends the worker, so that what comes next is not blamed; pytest-xdist starts another.
+for good (an illegal access) ends the worker, so that what comes next is not blamed; pytest-xdist starts another. The
+contract's checks stand under their backend, all other tests of the run (our own kernels') under "tests".
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import datetime
 import os
 import platform
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gpu.record import Outcome, Record, folder_name
+from gpu.record import Outcome, Record
+
+from heedful.measuring import folder_name
 
 CHECKS = "test_real_packages.py"
+OTHERS = "tests"
 BROKEN_GPU = 70  # the exit status of a worker
 
 
@@ -27,6 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        config.pluginmanager.register(Watch(), "gpu-watch")  # over all folders of the run
     folder = config.getoption("--record", default=None)
     if folder is None:
         return
@@ -39,14 +44,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Recorder(Record(path, about)), "gpu-recorder")
 
 
-@pytest.fixture(autouse=True)
-def _gpu_still_works(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    if hasattr(request.config, "workerinput") and request.node.get_closest_marker("gpu") and torch.cuda.is_available():
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError:
-            os._exit(BROKEN_GPU)  # pytest-xdist reports this very test as the one that crashed it
+class Watch:
+    """Ends a worker whose GPU is broken."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> None:
+        if item.get_closest_marker("gpu") and torch.cuda.is_available():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                os._exit(BROKEN_GPU)  # pytest-xdist reports this very test as the one that crashed it
 
 
 class Recorder:
@@ -56,21 +63,20 @@ class Recorder:
         self.record = record
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.record.wanted = sum(CHECKS in item.nodeid for item in session.items) or self.record.wanted
+        self.record.wanted = len(session.items) or self.record.wanted
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
-        self.record.wanted = sum(CHECKS in name for name in ids)
+        self.record.wanted = len(ids)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        if CHECKS in nodeid:
-            self.record.start(nodeid)
+        self.record.start(nodeid)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         self.record.stop(nodeid)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        found = outcome_of(report) if CHECKS in report.nodeid else None
+        found = outcome_of(report)
         if found is not None:
             self.record.add(*found)
         if report.when not in {"setup", "call", "teardown"}:  # a worker's crash: its test is never finished
@@ -87,7 +93,7 @@ class Recorder:
 
 def outcome_of(report: Any) -> tuple[str, str, Outcome, str] | None:
     """Backend, check, outcome and detail of a test's report; None where the report says nothing of these."""
-    backend, _, check = report.nodeid.partition("[")[2].removesuffix("]").partition("-cuda-")
+    backend, check = name_of(report.nodeid)
     if report.failed:
         return backend, check, "wrong", str(report.longrepr)
     if report.skipped:
@@ -95,6 +101,14 @@ def outcome_of(report: Any) -> tuple[str, str, Outcome, str] | None:
         absent = check == "package"
         return backend, check, "absent" if absent else "refused", reason.removeprefix("Skipped: ")
     return (backend, check, "right", "") if report.when == "call" else None
+
+
+def name_of(nodeid: str) -> tuple[str, str]:
+    """Backend and check of a test's name; OTHERS, and the test's own name, where it is none of the contract."""
+    if CHECKS not in nodeid:
+        return OTHERS, nodeid.removeprefix("tests/")
+    backend, _, check = nodeid.partition("[")[2].removesuffix("]").partition("-cuda-")
+    return backend, check
 
 
 def machine() -> dict[str, Any]:

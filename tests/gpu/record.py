@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -99,8 +98,3 @@ def _take_back(kept: dict[str, Any], outcome: Outcome, check: str) -> None:
                 del kept["refused"][reason]
     else:
         kept["absent"] = ""
-
-
-def folder_name(device: str) -> str:
-    """A device's name as a folder's: ``NVIDIA H200`` is ``nvidia-h200``."""
-    return re.sub(r"[^a-z0-9.]+", "-", device.lower()).strip("-.") or "gpu"

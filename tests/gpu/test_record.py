@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gpu import record as records
-from gpu.record import Record, folder_name
+from gpu.record import Record
 
 from heedful import AttentionStrategyFactory
+from heedful.measuring import folder_name
 from heedful.refusal import Refusal
 
 HERE = Path(__file__).parent
@@ -146,7 +147,39 @@ def command(folder: Path, last: str, *more: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parents[1] / "src")])}
+
+
+def test_tests_beside_the_contract_are_recorded_by_their_names():
+    from gpu.conftest import OTHERS, name_of, outcome_of
+
+    name = "tests/kernels/on_device/test_forward.py::test_windows[0-1]"
+    assert name_of(name) == (OTHERS, "kernels/on_device/test_forward.py::test_windows[0-1]")
+    assert name_of("tests/gpu/test_real_packages.py::test_contract[a-cuda-window-(2,0)-lse]") == (
+        "a",
+        "window-(2,0)-lse",
+    )
+    failed = SimpleNamespace(nodeid=name, failed=True, skipped=False, when="call", longrepr="0.3 away")
+    assert outcome_of(failed) == (OTHERS, "kernels/on_device/test_forward.py::test_windows[0-1]", "wrong", "0.3 away")
+
+
+@pytest.mark.parametrize(("marked", "broken", "ends"), [(True, True, True), (True, False, False), (False, True, False)])
+def test_a_worker_ends_after_the_test_that_broke_its_gpu_whatever_the_folder(monkeypatch, marked, broken, ends):
+    from gpu import conftest as hooks
+
+    def synchronised():
+        if broken:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    plugins, ended = [], []
+    manager = SimpleNamespace(register=lambda plugin, name: plugins.append(plugin))
+    hooks.pytest_configure(SimpleNamespace(workerinput={}, pluginmanager=manager, getoption=lambda *_, **__: None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronised)
+    monkeypatch.setattr(hooks.os, "_exit", ended.append)
+    (watch,) = plugins
+    watch.pytest_runtest_teardown(SimpleNamespace(get_closest_marker=lambda name: name == "gpu" and marked))
+    assert ended == ([hooks.BROKEN_GPU] if ends else [])
 
 
 def test_a_run_is_recorded(tmp_path):

@@ -112,7 +112,7 @@ AUTO = [
     ("sm_75", {"needs_lse": True}, "native_efficient"),
     ("sm_75", {"needs_lse": True, "dtype": DOUBLE}, "reference"),
     ("gfx942", {"needs_lse": True, "mask": DENSE}, "native_efficient"),
-    ("sm_90", {"softcap": 30.0}, "flex"),
+    ("sm_90", {"softcap": 30.0}, "triton"),
     ("mps", {}, "native"),
     ("mps", {"needs_lse": True}, "reference"),
 ]

@@ -225,7 +225,7 @@ class Run:
             if self.most_seconds < seconds <= _LONGEST_FIRST_CALL:
                 seconds = seconds_of(call, self.device)
         except Exception as error:  # whatever a kernel raises is its row's text, and the others go on
-            return replace(row, **_broken(error))
+            return replace(row, **broken(error))
         self._seen.append((work.dtype, work.expected_flops, work.expected_flops / seconds))
         if seconds > self.most_seconds:
             reason = f"one call takes {spoken(seconds)}, and --max-seconds is {self.most_seconds:g}"
@@ -312,8 +312,8 @@ def _order(row: Row) -> tuple[int, float]:
     return place, row.figures.median if row.figures else 0.0
 
 
-def _broken(error: Exception) -> dict[str, Any]:
-    """The status and reason of a row whose call raised."""
+def broken(error: Exception) -> dict[str, Any]:
+    """The status and reason of a row whose call raised: refused, out of memory and so skipped, or failed."""
     if isinstance(error, Refused):
         reasons = dict.fromkeys(str(reason) for one in error.refusals.values() for reason in one)
         return {"status": "refused", "reason": "; ".join(reasons)}

@@ -1,4 +1,4 @@
-"""``heedful list``: every backend, whether this machine can run it, and why not, in one screen."""
+"""``heedful list``: every backend, whether this machine can run it, and why not, a line each."""
 
 from __future__ import annotations
 

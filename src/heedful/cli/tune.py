@@ -12,12 +12,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from heedful.cases import CASES, Case, select
 from heedful.cli.pipelines import load_pipeline
 from heedful.cli.problems import DTYPES, dtype_of
 from heedful.cli.tables import table
+from heedful.cli.tiles import check_device, forget_every_tile, measuring_bar, print_tiles, search
 from heedful.dispatch import AttentionDispatcher, default_dispatcher
 from heedful.masks import Mask, PaddingProfile
 from heedful.measuring import spoken
@@ -42,6 +42,13 @@ def tune(
     prompt: Annotated[str, typer.Option(help="What a pipeline draws in two steps.")] = "a photograph",
     rounds: Annotated[int, typer.Option(min=3, help="Of each of the two measurements of a candidate.")] = 7,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")] = None,
+    tiles: Annotated[
+        bool, typer.Option("--tiles", help="Tiles of our own Triton kernels, instead of backends.")
+    ] = False,
+    grad: Annotated[bool, typer.Option("--grad", help="Of tiles: for training, too.")] = False,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Of tiles: whose, if not triton's; may be repeated.")
+    ] = None,
     forget: Annotated[bool, typer.Option("--forget", help="Drop what is known of them; alone, of all.")] = False,
     export: Annotated[Path | None, typer.Option(help="Also write the times as a table to ship.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -50,35 +57,50 @@ def tune(
 
     Without a target: the named cases that take less than about a third of a second a call. A second window of
     measurements follows some seconds after the first; the winner is what both agree on.
+
+    With --tiles: which tiles our own Triton kernels are fastest with on these problems. It compiles up to sixteen
+    kernels for each kind of call; nothing else ever does.
     """
     place = _device(device)
     dispatcher = default_dispatcher
     if dispatcher.policy.tune == "off":
         raise typer.BadParameter("HEEDFUL_TUNE is off, so nothing would use the times; unset it, or say ahead")
     dtypes = [dtype_of(word) for word in dtype or ()] or [torch.float32 if place.type == "cpu" else torch.float16]
+    if (grad or backend) and not tiles:
+        raise typer.BadParameter("it is for --tiles alone", param_hint="--grad" if grad else "--backend")
+    if tiles:
+        check_device(dispatcher, place)
+    if forget and not targets and tiles:
+        forget_every_tile(dispatcher, place)
+        return
     if forget and not targets:
         dispatcher.experience.forget_all(place)
         print(f"all that was known of {place.type} here is forgotten")
         return
     problems = list(_problems(targets or [], dtypes, layout.upper(), prompt, place))
+    if tiles:
+        problems = [problem.replace(needs_grad=True) for problem in problems] if grad else problems
+        found = search(dispatcher, problems, place, backends=backend or (), rounds=rounds, forget=forget)
+        _export(export, dispatcher, place)
+        print_tiles(found, dispatcher, place, as_json)
+        raise typer.Exit(int(any(one.failed for one in found) or all(one.refused for one in found)))
     if forget:
         for problem in problems:
             dispatcher.experience.forget(problem, place)
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("measuring", total=2 * len(set(map(class_of, problems))))
-
-        def on_step(what: str) -> None:
-            progress.update(bar, advance=1, description=what.partition(" on ")[0])
-
-        tuned = measure(dispatcher, problems, place, rounds=rounds, on_step=on_step)
-    if export is not None:
-        store = dispatcher.experience.store(place)
-        export.write_bytes(table_of(store.fingerprint, store.records()))
+    with measuring_bar(2 * len(set(map(class_of, problems)))) as step:
+        tuned = measure(
+            dispatcher, problems, place, rounds=rounds, on_step=lambda what: step(what.partition(" on ")[0])
+        )
+    _export(export, dispatcher, place)
     _print(tuned, dispatcher, place, as_json)
     if any(one.failed for one in tuned) or all(one.refused and ALONE not in one.refused for one in tuned):
         raise typer.Exit(1)
+
+
+def _export(path: Path | None, dispatcher: AttentionDispatcher, place: torch.device) -> None:
+    if path is not None:
+        store = dispatcher.experience.store(place)
+        path.write_bytes(table_of(store.fingerprint, store.records()))
 
 
 def _device(name: str | None) -> torch.device:

@@ -33,7 +33,7 @@ from heedful.facts import DeviceFacts, Facts
 from heedful.fingerprint import fingerprint
 from heedful.sources import Package
 
-BESIDE = (("triton", "triton"), ("triton-windows", "triton"), ("kernels", "kernels"))  # what others' kernels need
+BESIDE = (("triton-windows", "triton"), ("kernels", "kernels"))  # what others' kernels need
 _GIB = 2**30
 _CGROUP = Path("/sys/fs/cgroup")
 Trial = Callable[[Iterable[Job]], tuple[Found, ...]]

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from heedful.doctor.environment import Environment, numbers
 from heedful.doctor.plans import Decision, Step, pip
-from heedful.doctor.wheels import FLASH, community_name, flash_wheel, triton_windows, xformers_release
+from heedful.doctor.wheels import FLASH, community_name, flash_wheel, triton, triton_windows, xformers_release
 from heedful.facts import DeviceFacts
 from heedful.sources import Hub, Package
 from heedful.strategy import AttentionStrategy
@@ -143,6 +143,24 @@ def package_index(ask: Ask) -> Decision | str:
     return Decision(ask.name, "package index", "install", ask.name, reason, steps, distribution, version)
 
 
+def beside_torch(ask: Ask) -> Decision | str:
+    """Triton, in the release that belongs to this torch, whose own wheels for GPUs bring it along."""
+    here, requirement = ask.environment, triton(ask.environment)
+    if here.hip:
+        return f"torch for ROCm brings a Triton of its own, and it is not there: install torch {here.torch} anew"
+    if not requirement:
+        return f"no Triton is known to belong to torch {here.torch} on {here.system}"
+    if numbers(requirement.partition("==")[2]) < numbers(ask.package.minimum):
+        return f"{requirement} belongs to torch {here.torch}, and our own kernels need {ask.package.minimum}"
+    if here.libc.startswith("musl"):
+        return "Triton has wheels for glibc only, this system has musl"
+    reason = (
+        f"{requirement} belongs to torch {here.torch_minor}; our own kernels are compiled by it at their first use."
+    )
+    name = requirement.partition("==")[0]
+    return Decision(ask.name, "package index", "install", ask.name, reason, (pip(requirement),), name)
+
+
 def build(ask: Ask) -> Decision | str:
     """From source, with no more compilers at a time than the memory carries."""
     here, source = ask.environment, _SOURCES.get(ask.package.distribution)
@@ -181,8 +199,8 @@ def by_hand(ask: Ask) -> Decision | str:
     name = community_name(here, distribution.replace("-", "_"), version)
     command = f"heedful install {ask.name} --wheel <its address or file>"
     reason = f"Others build it for this system: look for a wheel like {name} at {place}, then: {command}"
-    triton = triton_windows(here)
-    notes = (f"its Triton kernels need {triton} here",) if triton and distribution == "sageattention" else ()
+    beside = triton_windows(here)
+    notes = (f"its Triton kernels need {beside} here",) if beside and distribution == "sageattention" else ()
     return Decision(ask.name, "community wheel", "by hand", ask.name, reason, distribution=distribution, notes=notes)
 
 
@@ -212,9 +230,10 @@ WAYS: Mapping[str, tuple[Way, ...]] = MappingProxyType({
     "sageattn3": (on_the_hub, build),
     "xformers": (torch_index,),
     "amd-aiter": (package_index, on_the_hub),
+    "triton": (beside_torch,),
 })  # fmt: skip
 NAMES: Mapping[str, tuple[Way, ...]] = MappingProxyType(
-    {"wheel": (official_wheel, torch_index, package_index), "hub": (on_the_hub,), "build": (build,)}
+    {"wheel": (official_wheel, torch_index, package_index, beside_torch), "hub": (on_the_hub,), "build": (build,)}
 )
 
 

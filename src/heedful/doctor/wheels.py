@@ -34,6 +34,8 @@ _XFORMERS = (
     ((2, 9, 0), "0.0.33.post1"), ((2, 9, 1), "0.0.33.post2"),
 )  # fmt: skip
 _XFORMERS_NOW, _XFORMERS_FROM = "0.0.35", (2, 10)
+# The Triton that torch's own wheels ask for, by their metadata on the package index.
+_TRITON = {"2.6": "3.2", "2.7": "3.3", "2.8": "3.4", "2.9": "3.5", "2.10": "3.6", "2.11": "3.6", "2.13": "3.7"}
 _TRITON_WINDOWS = {"2.6": "3.2", "2.7": "3.3", "2.8": "3.4", "2.9": "3.5", "2.10": "3.6"}
 
 
@@ -86,6 +88,14 @@ def xformers_release(environment: Environment) -> str:
     release = environment.torch_release
     known = next((version for torch, version in _XFORMERS if release[: len(torch)] == torch), "")
     return known or (_XFORMERS_NOW if release >= _XFORMERS_FROM else "")
+
+
+def triton(environment: Environment) -> str:
+    """The Triton that fits this torch, as a requirement; "" where none is known."""
+    if environment.system == "Windows":
+        return triton_windows(environment)
+    known = _TRITON.get(environment.torch_minor, "") if environment.system == "Linux" and not environment.hip else ""
+    return f"triton=={known}.*" if known else ""
 
 
 def triton_windows(environment: Environment) -> str:

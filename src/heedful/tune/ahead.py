@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -33,6 +34,19 @@ Call = Callable[[], Answer]
 ALONE = "has no rival"
 _WINDOWS, _MOST_WINDOWS = 2, 4
 _SHORT = 5e-3  # seconds: shorter calls are hit harder by what else the machine does, and more of them cost little
+
+
+class Measured(Protocol):
+    """What is known of something that is measured in windows; see ``Tuned``."""
+
+    refused: str
+    failed: bool
+    settled: bool
+    measured_at: float
+
+
+M = TypeVar("M", bound=Measured)
+T = TypeVar("T")
 
 
 @dataclass
@@ -77,22 +91,34 @@ def tune(
     """
     classes = {class_of(problem): problem for problem in problems}
     tuned = [Tuned(key, problem) for key, problem in classes.items()]
+    return in_windows(
+        tuned, lambda one: _measure(dispatcher, one, device, rounds), lambda one: on_step(str(one.problem)), wait
+    )
+
+
+def in_windows(
+    every: list[M], measure: Callable[[M], None], on_step: Callable[[M], None], wait: Callable[[float], None]
+) -> list[M]:
+    """Measure each in two windows that lie apart, those that are not settled then in up to four.
+
+    What cannot be measured is refused, with the reason, and keeps no other from it.
+    """
     for window in range(_MOST_WINDOWS):
-        for one in tuned:
+        for one in every:
             if window >= _WINDOWS and (one.settled or one.refused):
                 continue
-            on_step(str(one.problem))
+            on_step(one)
             early = one.measured_at + APART - time.time()
             if one.refused:
                 continue
             if early > 0:
                 wait(early)
             try:
-                _measure(dispatcher, one, device, rounds)
+                measure(one)
             except (HeedfulError, RuntimeError) as error:  # a kernel's own, or no memory: the other classes go on
                 one.refused = str(error).partition("\n")[0] or type(error).__name__
                 one.failed = not isinstance(error, InvalidArgument)  # which says that it cannot be drawn
-    return tuned
+    return every
 
 
 @torch.no_grad()
@@ -104,11 +130,11 @@ def _measure(dispatcher: AttentionDispatcher, one: Tuned, device: torch.device, 
         one.refused = f"{next(iter(calls))} {ALONE}" if worth_timing(one.problem) else "too small to matter"
         return
     one.usual = one.usual or plan.contenders[0].label
-    sound = _sound(dispatcher, one, plan, given, _near(calls, one.seconds))
+    sound = _sound(dispatcher, one, plan, given, near(calls, one.seconds))
     if not sound:
         one.refused, one.failed = "every candidate is wrong", True
         return
-    times = _times(sound, device, rounds)
+    times = times_of(sound, device, rounds)
     window = Window(ended=time.time(), run=this_run(), seconds=times, turns=rounds)
     one.measured_at = window.ended
     record = dispatcher.experience.add_window(plan.problem, device, window)
@@ -134,20 +160,20 @@ def _sound(
     return {label: call for label, call in calls.items() if strategy_of(label) not in out}
 
 
-def _near(calls: Mapping[str, Call], seconds: Mapping[str, float]) -> dict[str, Call]:
+def near(calls: Mapping[str, T], seconds: Mapping[str, float]) -> dict[str, T]:
     """Those that are not clearly behind by these times; all, where there are none."""
     least = min(seconds.values(), default=math.inf)
     return {label: call for label, call in calls.items() if seconds.get(label, 0.0) <= BEHIND * least}
 
 
-def _times(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, float]:
+def times_of(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, float]:
     """The medians of those that are near the fastest; of the others what one call says. All were called before.
 
     Those that are near are compared within each round: a machine that changes its pace changes it for all of a round.
     """
     rough = {label: seconds_of(call, device) for label, call in calls.items()}
-    near = _near(calls, rough)
+    close = near(calls, rough)
     first = min(rough, key=rough.__getitem__)
-    times = interleaved(near, device, 3 * rounds if rough[first] < _SHORT else rounds, rough=rough)
+    times = interleaved(close, device, 3 * rounds if rough[first] < _SHORT else rounds, rough=rough)
     pace = statistics.median(times[first])
-    return {**rough, **{label: pace * ratio(times, label, first) for label in near}}
+    return {**rough, **{label: pace * ratio(times, label, first) for label in close}}
