@@ -92,8 +92,9 @@ def backward(
         for one in wanted[:3]:
             if one is not None:
                 one.zero_()
+    if tiles is not None:  # the table's are sound
+        _sound(tiles.keys, call, KEYS), _sound(tiles.queries, call)
     tiles = tiles or tiles_of(call, architecture)
-    _sound(tiles.keys, call, KEYS), _sound(tiles.queries, call)
     tuning = tuning if call.splits else None
     if call.splits and not are_aligned(known.dout):  # that of a sum has strides of 0
         known = known._replace(dout=known.dout.clone(memory_format=torch.contiguous_format))

@@ -71,9 +71,10 @@ _OLDER_BELOW = 64  # rows of products: fewer are computed by older matrix instru
 def is_sound(architecture: str, rows: int, stages: int) -> bool:
     """Whether it is not known that such a tile's machine code is wrong; ``rows`` are those of what a loop sums up.
 
-    On Hopper loops want two stages of loads. With one, all operands lie in the same places from step to step, and where
-    a head dim has two parts ptxas (12.8, of Triton 3.6 and 3.7) mixes up their addresses: on an H200 answers were
-    wrong, or memory was read out of bounds, in loops of one stage, and in none of two.
+    On Hopper loops want two stages of loads. Where nothing is loaded ahead all operands lie in the same places from
+    step to step, and where a head dim has two parts ptxas (12.8, of Triton 3.6 and 3.7) mixes up their addresses: on an
+    H200 answers were wrong, or memory was read out of bounds, in such loops, and in none that loads ahead. Rows that
+    are not aligned are never loaded ahead, whatever the stages: see ``Call.splits``.
     """
     return known(architecture) != "sm_90" or stages > 1 or rows < _OLDER_BELOW
 
@@ -138,10 +139,6 @@ class Kind(NamedTuple):
         )
         span = f"to {self.longest}" if self.longest else f"beyond {_SPANS[-1]}"
         return f"{KEY} {name} {self.bits}{' masked' * self.masked} {self.dim} {span}"
-
-    def usual(self, architecture: str) -> Tile:
-        """The table's tile."""
-        return usual(architecture, self.role, self.bits, self.dim, self.masked)
 
 
 def kinds(problem: AttentionProblem, bits: int | str = 0) -> dict[str, Kind]:
