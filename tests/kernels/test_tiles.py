@@ -204,7 +204,9 @@ def test_a_kind_finds_the_row_that_its_calls_find(architecture):
     for bits in (8, 16, 32):
         for dim in range(1, 257):
             kind = Kind("forward", bits, True, sum(split_of(dim)), 0)
-            assert usual(architecture, kind.role, kind.bits, kind.dim, kind.masked) == tile_for(architecture, bits, dim, True)
+            assert usual(architecture, kind.role, kind.bits, kind.dim, kind.masked) == tile_for(
+                architecture, bits, dim, True
+            )
 
 
 def test_the_table_s_tile_of_each_pass():
